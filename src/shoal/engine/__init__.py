@@ -1,0 +1,9 @@
+"""Request in, tokens out."""
+
+from __future__ import annotations
+
+from shoal.engine.llm import LLM
+from shoal.engine.outputs import Chunk, Completion, Stats, TokenLogprob
+from shoal.engine.params import SamplingParams
+
+__all__ = ["LLM", "Chunk", "Completion", "SamplingParams", "Stats", "TokenLogprob"]

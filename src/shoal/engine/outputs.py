@@ -1,0 +1,60 @@
+"""What a generation gives back: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A produced token with its natural-log probability; `top` holds the likeliest (id, bytes, logprob), best first."""
+
+    token_id: int
+    text_bytes: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Counts and wall-clock seconds. The first token falls out of the prompt's pass, so decoding times the others."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+    @property
+    def first_token_seconds(self) -> float:
+        return self.prompt_seconds
+
+    @property
+    def prompt_tok_s(self) -> float:
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds > 0 else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        return (self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One streamed piece. Text may lag behind tokens (split characters, possible stop strings); the last chunk, and only
+    it, carries `finish_reason` (`stop`: end-of-text or stop string; `length`: max_tokens or context) and `stats`."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+    stats: Stats | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished generation. Where an end-of-text token ended it, that token is neither in `text` nor in `token_ids`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str
+    stats: Stats

@@ -1,0 +1,101 @@
+"""From logits to a token, in NumPy and float32/64: penalties, bias, temperature, top-k, top-p, min-p, then one draw.
+
+V is the vocabulary. The order is the field's usual one; cuts act on the probabilities after temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.engine.params import SamplingParams
+from shoal.errors import RequestError
+
+Floats = NDArray[np.float32]
+
+
+class Sampler:
+    """One request's state: its random stream and the counts that penalties need."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+        self._params = params
+        self._rng = np.random.Generator(np.random.Philox(_seed(params.seed)))
+        self._counts = np.zeros(vocab_size, np.int32)
+        self._seen = np.zeros(vocab_size, bool)
+        self._seen[np.asarray(prompt, np.int64)] = params.repetition_penalty != 1.0
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
+        if self._bias_ids.size and self._bias_ids.max() >= vocab_size:
+            raise RequestError("logit_bias", f"token {self._bias_ids.max()} is outside the vocabulary of {vocab_size}")
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+
+    def choose(self, logits_V: Floats) -> int:
+        """Draw one token. `logits_V` is float32 [V] and left unchanged; −inf marks tokens that may not be chosen."""
+        adjusted_V = self._adjust(logits_V)
+        if self._params.temperature == 0.0:
+            token = int(np.argmax(adjusted_V))
+        else:
+            ids, probs = cut(adjusted_V, self._params)
+            token = int(ids[np.searchsorted(np.cumsum(probs), self._rng.random() * probs.sum(), side="right")])
+        self._counts[token] += 1
+        self._seen[token] = True
+        return token
+
+    def _adjust(self, logits_V: Floats) -> Floats:
+        params = self._params
+        penalised = params.presence_penalty or params.frequency_penalty
+        if not (penalised or params.repetition_penalty != 1.0 or self._bias_ids.size):
+            return logits_V
+        out_V = logits_V.copy()
+        if params.repetition_penalty != 1.0:
+            seen = out_V[self._seen]
+            factor = params.repetition_penalty
+            out_V[self._seen] = np.where(seen > 0, seen / factor, seen * factor)
+        if penalised:
+            out_V -= params.frequency_penalty * self._counts
+            out_V -= params.presence_penalty * (self._counts > 0)
+        if self._bias_ids.size:
+            out_V[self._bias_ids] += self._bias
+        return out_V
+
+
+def cut(logits_V: Floats, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Token ids that survive temperature, top-k, top-p and min-p, likeliest first, with their weights (not normalised)."""
+    ids: NDArray[np.int64]
+    if 0 < params.top_k < logits_V.size:
+        ids = np.argpartition(logits_V, -params.top_k)[-params.top_k :]
+    else:
+        ids = np.flatnonzero(logits_V > -np.inf)
+    # A stable order makes a seed's draw independent of how partitioning happened to arrange ties.
+    ids = ids[np.lexsort((ids, -logits_V[ids]))]
+    scaled = logits_V[ids].astype(np.float64)
+    scaled = (scaled - scaled[0]) / params.temperature
+    probs = np.exp(scaled)
+    if params.top_p < 1.0:
+        before = np.cumsum(probs) - probs
+        keep = max(1, int(np.searchsorted(before, params.top_p * probs.sum(), side="left")))
+        ids, probs = ids[:keep], probs[:keep]
+    if params.min_p > 0.0:
+        keep = max(1, int(np.count_nonzero(probs >= params.min_p * probs[0])))
+        ids, probs = ids[:keep], probs[:keep]
+    return ids, probs
+
+
+def log_softmax(logits_V: Floats) -> NDArray[np.float64]:
+    """Natural-log probabilities, float64 [V]."""
+    shifted = logits_V.astype(np.float64) - float(logits_V.max())
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
+def likeliest(logprobs_V: NDArray[np.float64], count: int) -> list[int]:
+    """Ids of the `count` likeliest tokens, best first; ties go to the smaller id."""
+    count = min(count, logprobs_V.size)
+    if count == 0:
+        return []
+    ids = np.argpartition(logprobs_V, -count)[-count:]
+    return [int(i) for i in ids[np.lexsort((ids, -logprobs_V[ids]))]]
+
+
+def _seed(seed: int | None) -> int | None:
+    return None if seed is None else seed % (1 << 64)
