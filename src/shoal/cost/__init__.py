@@ -1,0 +1,1 @@
+"""What a model costs, computed from its configuration before anything is loaded."""
