@@ -37,7 +37,9 @@ class Sampler:
             token = int(np.argmax(adjusted_V))
         else:
             ids, probs = cut(adjusted_V, self._params)
-            token = int(ids[np.searchsorted(np.cumsum(probs), self._rng.random() * probs.sum(), side="right")])
+            reached = np.cumsum(probs)
+            drawn = np.searchsorted(reached, self._rng.random() * reached[-1], side="right")
+            token = int(ids[min(int(drawn), ids.size - 1)])
         self._counts[token] += 1
         self._seen[token] = True
         return token
