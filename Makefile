@@ -1,0 +1,79 @@
+# One recipe per job; `make help` lists them. Everything is installed into .venv, from the Python package index only.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  ?= smollm2-135m
+NATIVE := $(shell find native -type f) CMakeLists.txt
+# torch is constrained by name, so that no other requirement can move it.
+TORCH  := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-run run build test check format bench sanitize arm clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.stamp-dev ## .venv with Shoal (editable) and everything the tests need
+
+setup-run: $(VENV)/.stamp-run ## .venv with Shoal (editable), enough to pull, chat, serve and train
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# An editable install builds against the tools in .venv (no isolation), so that CMake's cache stays valid between builds.
+$(VENV)/.stamp-tools: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.25" "ninja>=1.11"
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml $(NATIVE) $(VENV)/.stamp-tools
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@ $(VENV)/.stamp-run
+
+$(VENV)/.stamp-run: pyproject.toml $(NATIVE) $(VENV)/.stamp-tools
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[train]'
+	@touch $@
+
+run: setup-run ## fetch a small model, ask it a question, then serve it until Ctrl-C
+	$(BIN)/shoal pull $(MODEL)
+	$(BIN)/shoal chat --model $(MODEL) "What is the capital of France?"
+	exec $(BIN)/shoal serve --model $(MODEL)
+
+build: ## rebuild the extension in place, in seconds
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+
+test: setup ## set up, then run every test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: setup ## what CI asks of the text: ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find native -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+
+format: setup ## put the text in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find native -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+
+bench: setup ## speed of every kernel on every instruction set of this machine
+	$(BIN)/python -m pytest -q -s -m benchmark tests/kernels
+
+sanitize: $(VENV)/.stamp-tools ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHOAL_PYTHON=OFF -DSHOAL_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/kernel_check
+
+# Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+arm: $(VENV)/.stamp-tools ## cross-compile the kernels for aarch64 and check them under qemu
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || \
+		{ echo "make arm needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)" >&2; exit 1; }
+	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHOAL_PYTHON=OFF \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+		-DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/arm
+	qemu-aarch64 build/arm/kernel_check
+
+clean: ## remove what the targets above built, but not .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

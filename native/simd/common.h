@@ -1,0 +1,18 @@
+// What the vector headers share. Each of them defines, in shoal::<isa> and with internal linkage:
+//
+//   F32 (kLanes floats), I32 (kLanes int32), I8 (kBytes = 4 * kLanes int8)
+//   zero set1 load load_n store store_n add sub mul div fma max select_lt     f32; fma(a, b, c) = a * b + c
+//   sum max_of                                                               across lanes
+//   pow2                                                                     2^n of a whole n in [-126, 127]
+//   load_bf16 load_bf16_n store_bf16 store_bf16_n f16_to_f32                 16-bit formats, round to nearest even
+//   dot_bf16(acc, a, b)                                                      acc += products of 2 * kLanes bf16
+//   load_i8 dot_i8(acc, a, b) izero isum to_f32                              acc += groups of 4 products
+//
+// The _n forms touch the first n elements of memory (0 < n <= kLanes) and read the rest as zero. max(a, b) is
+// a > b ? a : b, so that a NaN in a is dropped and one in b is kept. dot_i8 needs b in [-127, 127]; a may be anything.
+// dot_bf16 may flush subnormal values to zero.
+#pragma once
+
+#include <cstdint>
+
+#define SHOAL_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,88 @@
+// One lane and plain C++: the baseline of every architecture. See common.h for the contract.
+#pragma once
+
+#include "simd/common.h"
+
+#define SHOAL_ISA scalar
+
+namespace shoal::scalar {
+namespace {
+
+using F32 = float;
+using I32 = int32_t;
+struct I8 {
+    int8_t v[4];
+};
+constexpr int kLanes = 1;
+constexpr int kBytes = 4;
+
+template <class To, class From>
+SHOAL_INLINE To bits(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    return __builtin_bit_cast(To, value);
+}
+
+template <class T>
+SHOAL_INLINE T read(const void* p) {  // memcpy: a tensor in a mapped file may start at an odd byte
+    T value;
+    __builtin_memcpy(&value, p, sizeof(T));
+    return value;
+}
+
+SHOAL_INLINE F32 zero() { return 0.0f; }
+SHOAL_INLINE F32 set1(float x) { return x; }
+SHOAL_INLINE F32 load(const float* p) { return read<float>(p); }
+SHOAL_INLINE F32 load_n(const float* p, int) { return read<float>(p); }
+SHOAL_INLINE void store(float* p, F32 v) { __builtin_memcpy(static_cast<void*>(p), &v, sizeof(v)); }
+SHOAL_INLINE void store_n(float* p, F32 v, int) { store(p, v); }
+
+SHOAL_INLINE F32 add(F32 a, F32 b) { return a + b; }
+SHOAL_INLINE F32 sub(F32 a, F32 b) { return a - b; }
+SHOAL_INLINE F32 mul(F32 a, F32 b) { return a * b; }
+SHOAL_INLINE F32 div(F32 a, F32 b) { return a / b; }
+SHOAL_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+SHOAL_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+SHOAL_INLINE F32 select_lt(F32 a, F32 b, F32 yes, F32 no) { return a < b ? yes : no; }
+
+SHOAL_INLINE float sum(F32 v) { return v; }
+SHOAL_INLINE float max_of(F32 v) { return v; }
+
+SHOAL_INLINE F32 pow2(F32 n) {  // 1.5 * 2^23 + n holds n in its low bits; a conversion would be undefined for NaN
+    return bits<float>((bits<uint32_t>(n + 12582912.0f) << 23) + 0x3F800000);
+}
+
+SHOAL_INLINE F32 load_bf16(const uint16_t* p) { return bits<float>(static_cast<uint32_t>(read<uint16_t>(p)) << 16); }
+SHOAL_INLINE F32 load_bf16_n(const uint16_t* p, int) { return load_bf16(p); }
+SHOAL_INLINE void store_bf16(uint16_t* p, F32 v) {
+    const uint32_t u = bits<uint32_t>(v);
+    const uint32_t rounded = v == v ? u + 0x7FFF + ((u >> 16) & 1) : u | 0x400000;  // a NaN stays one
+    const uint16_t out = static_cast<uint16_t>(rounded >> 16);
+    __builtin_memcpy(static_cast<void*>(p), &out, sizeof(out));
+}
+SHOAL_INLINE void store_bf16_n(uint16_t* p, F32 v, int) { store_bf16(p, v); }
+
+SHOAL_INLINE float f16_to_f32(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+    const uint32_t magnitude = h & 0x7FFF;
+    if (magnitude >= 0x7C00) {  // infinity or NaN
+        return bits<float>(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
+    }
+    // Exponents are rebiased by a multiplication, which also normalises subnormal halves: 2^112.
+    const float value = bits<float>(magnitude << 13) * bits<float>(uint32_t{0x77800000});
+    return bits<float>(bits<uint32_t>(value) | sign);
+}
+
+SHOAL_INLINE F32 dot_bf16(F32 acc, const uint16_t* a, const uint16_t* b) {
+    return acc + load_bf16(a) * load_bf16(b) + load_bf16(a + 1) * load_bf16(b + 1);
+}
+
+SHOAL_INLINE I8 load_i8(const int8_t* p) { return read<I8>(p); }
+SHOAL_INLINE I32 izero() { return 0; }
+SHOAL_INLINE I32 dot_i8(I32 acc, I8 a, I8 b) {
+    return acc + a.v[0] * b.v[0] + a.v[1] * b.v[1] + a.v[2] * b.v[2] + a.v[3] * b.v[3];
+}
+SHOAL_INLINE int32_t isum(I32 v) { return v; }
+SHOAL_INLINE F32 to_f32(I32 v) { return static_cast<float>(v); }
+
+}  // namespace
+}  // namespace shoal::scalar
