@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from shoal.errors import FileError
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file for writing that replaces `path` when the block ends well and vanishes when it does not.
 
     Raises:
-        FileError: the file cannot be created (no such folder, read-only, …).
+        FileError: the file cannot be created or filled (no such folder, read-only, disk full, …).
     """
     temporary = _sibling(path)
     try:
@@ -26,18 +26,23 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise FileError(path, f"cannot be written: {error.strerror}") from error
     try:
-        with out:
-            yield out
+        yield out
+        try:
             out.flush()
             os.fsync(out.fileno())
-        temporary.replace(path)
+            out.close()
+            temporary.replace(path)
+        except OSError as error:
+            raise FileError(path, f"cannot be written: {error.strerror}") from error
         sync_folder(path.parent)
     except BaseException:
+        with contextlib.suppress(OSError):  # closing tries once more to write what did not fit
+            out.close()
         temporary.unlink(missing_ok=True)
         raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `path` when the block ends well and is removed when it does not.
 
@@ -77,12 +82,9 @@ def sync_folder(path: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return
-    try:
+    with contextlib.suppress(OSError):
         os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 def _sibling(path: Path) -> Path:
