@@ -47,8 +47,8 @@ class Guard:
             return ApiError(403, "requests from pages of another origin are refused", code="cross_origin")
         if self._api_key is not None and path != "/health":
             kind, _, key = headers.get("authorization", "").partition(" ")
-            # Constant time, over bytes: a header may hold any of them.
-            if kind.lower() != "bearer" or not hmac.compare_digest(key.encode(), self._api_key.encode()):
+            # In constant time, and over bytes: headers come decoded as Latin-1, whatever they hold.
+            if kind.lower() != "bearer" or not hmac.compare_digest(key.encode("latin-1"), self._api_key.encode()):
                 return ApiError(
                     401, "a valid API key is needed", code="invalid_api_key", headers={"www-authenticate": "Bearer"}
                 )
