@@ -34,7 +34,7 @@ def open_gguf(path: str | Path) -> Checkpoint:
     path = Path(path)
     files = _read_shards(path)
     first = files[0]
-    config = read_config(first)
+    config = read_config(files)
 
     def load_tokenizer() -> Tokenizer:
         from shoal.formats.gguf_tokenizer import tokenizer_from_gguf
@@ -53,7 +53,7 @@ def open_gguf(path: str | Path) -> Checkpoint:
         tensors=read_tensors(files, config),
         load_tokenizer=load_tokenizer,
         load_chat=load_chat,
-        generation=_read_generation(Fields(first)),
+        generation=_read_generation(Fields(files)),
     )
 
 

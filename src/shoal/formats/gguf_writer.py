@@ -17,13 +17,13 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.config import GQAConfig, MLAConfig, ModelConfig
+from shoal.config import MLAConfig, ModelConfig
 from shoal.errors import ConfigError, FileError
 from shoal.formats.atomic import atomic_file
 from shoal.formats.checkpoint import Checkpoint, GenerationDefaults, LazyTensor
 from shoal.formats.gguf_describe import describe
 from shoal.formats.gguf_header import aligned, pack_header
-from shoal.formats.gguf_names import gguf_name, is_permuted, permute_rows
+from shoal.formats.gguf_names import gguf_name, row_order
 from shoal.formats.gguf_quants import FORMATS, PLAIN, quantize
 from shoal.formats.gguf_rope import NAME as ROPE_FREQS
 from shoal.formats.gguf_rope import llama3_factors
@@ -175,18 +175,17 @@ def _one(config: ModelConfig, tensor: LazyTensor, dtype: str) -> OutTensor:
     name = gguf_name(tensor.name)
     raw = tensor.raw_blocks if dtype == "keep" else None
     target = tensor.dtype if raw is not None else _target(config, name, tensor.shape, tensor.dtype, dtype)
-    head_dim = config.attention.head_dim if isinstance(config.attention, GQAConfig) else 0
-    permuted = is_permuted(config, tensor.name)
+    order = row_order(config, tensor.name)
 
     def pieces() -> Iterator[Bytes]:
         if raw is not None:
-            yield permute_rows(raw(), head_dim) if permuted else raw()
-        elif permuted and len(tensor.shape) == 1:
+            yield order.to_gguf(raw()) if order is not None else raw()
+        elif order is not None and len(tensor.shape) == 1:
             values: NDArray[np.float32] = tensor.read(np.float32).astype(np.float32, copy=False)
-            yield _encode(tensor, permute_rows(values, head_dim), target)
+            yield _encode(tensor, order.to_gguf(values), target)
         else:
-            for rows in _row_pieces(tensor, head_dim if permuted else 1):
-                yield _encode(tensor, permute_rows(rows, head_dim) if permuted else rows, target)
+            for rows in _row_pieces(tensor, order.group if order is not None else 1):
+                yield _encode(tensor, order.to_gguf(rows) if order is not None else rows, target)
 
     return OutTensor(name, tensor.shape, target, pieces)
 
