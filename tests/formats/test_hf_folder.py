@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -261,6 +262,19 @@ def test_a_failure_half_way_leaves_nothing(v3: Path, tmp_path: Path) -> None:
     checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, name: constant(name, broken)})
     with pytest.raises(FileError, match=r"^memory: .*down_proj\.weight: holds 1\.0+15.*e\+30"):
         save_folder(checkpoint, tmp_path / "m", dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_destination_and_leaves_nothing(v3: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(FileError) as caught:
+            save_folder(open_folder(v3), tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"{tmp_path}/m/model.safetensors: cannot be written: File too large"
+    assert caught.value.path == tmp_path / "m" / "model.safetensors"
     assert list(tmp_path.iterdir()) == []
 
 
