@@ -39,13 +39,12 @@ def open_gguf(path: str | Path) -> Checkpoint:
     def load_tokenizer() -> Tokenizer:
         from shoal.formats.gguf_tokenizer import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(first.fields)
+        return tokenizer_from_gguf(first.fields, where=path)
 
     def load_chat() -> ChatFormat | None:
-        from shoal.formats.chat import chat_from_template
+        from shoal.formats.chat import chat_from_gguf
 
-        template = first.fields.get("tokenizer.chat_template")
-        return chat_from_template(template if isinstance(template, str) else None)
+        return chat_from_gguf(first.fields, where=path)
 
     return Checkpoint(
         path=path,

@@ -132,7 +132,9 @@ def read_tensors(files: list[GGUFFile], config: ModelConfig) -> dict[str, LazyTe
             out[name] = _split_kv_b(source, config, name, shape)
         elif name.endswith(SELECTION_BIAS) and not source.has(gguf_name(name)):
             out[name] = _zeros(name, shape, files[0])
-        elif name.endswith(("experts.gate_proj.weight", "experts.up_proj.weight")) and source.has(_fused_name(name)):
+        elif name.endswith((".mlp.experts.gate_proj.weight", ".mlp.experts.up_proj.weight")) and source.has(
+            _fused_name(name)
+        ):
             out[name] = _half_of_fused(source, name, shape)
         else:
             out[name] = _stored(source, name, shape, row_order(config, name))

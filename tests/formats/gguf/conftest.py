@@ -118,6 +118,47 @@ def as_tensors():
     return make
 
 
+@pytest.fixture
+def build(tmp_path):
+    """Write a file with gguf.GGUFWriter: `keys` of the architecture, then tensors (array, or stored bytes and type)."""
+
+    def make(arch, keys, tensors, extra=None, name="model.gguf"):
+        gguf = pytest.importorskip("gguf")
+        path = tmp_path / name
+        writer = gguf.GGUFWriter(path, arch)
+        for key, value in {**{f"{arch}.{key}": value for key, value in keys.items()}, **(extra or {})}.items():
+            if isinstance(value, bool):
+                writer.add_bool(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            elif isinstance(value, float):
+                writer.add_float32(key, value)
+            elif isinstance(value, str):
+                writer.add_string(key, value)
+            else:
+                writer.add_array(key, value)
+        for tensor, array in tensors.items():
+            data, kind = array if isinstance(array, tuple) else (array, None)
+            writer.add_tensor(tensor, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def same_weights():
+    def check(checkpoint, weights):
+        assert list(checkpoint.tensors) == list(expected_tensors(checkpoint.config))
+        for name, array in weights.items():
+            assert np.array_equal(checkpoint.tensors[name].read(), array), name
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def vocabulary():
     """A SentencePiece-style vocabulary: three specials, ASCII as bytes, words. No token is half a code point, for
