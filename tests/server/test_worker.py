@@ -45,6 +45,17 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(slow: tuple[Running, th
     assert server.http.post(CHAT, json=ASK).status_code == 200
 
 
+def test_without_a_queue_one_request_at_a_time_is_served() -> None:
+    llm, gate = FakeLLM(), threading.Event()
+    llm.step = lambda produced: (gate.wait(10), None)[1]
+    with running(lambda: llm, max_queue=0) as server, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.http.post, CHAT, json=ASK)
+        wait_for(lambda: server.worker.num_running == 1)
+        assert server.http.post(CHAT, json=ASK).status_code == 429
+        gate.set()
+        assert answer.result().status_code == 200
+
+
 def test_a_client_that_leaves_a_stream_frees_the_engine(slow: tuple[Running, threading.Event]) -> None:
     server, _ = slow
     server.llm.step = lambda produced: time.sleep(0.02)

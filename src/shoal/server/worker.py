@@ -134,11 +134,12 @@ class EngineWorker:
         with self._changed:
             if self._closing:
                 raise ApiError(503, "the server is stopping", code="model_stopping")
-            if len(self._waiting) >= self._max_queue:
-                wait = min(60, max(1, round(self._mean_seconds * len(self._waiting))))
+            # One more than the queue holds, as the thread may not have taken the first one out yet.
+            if self.num_waiting + self.num_running > self._max_queue:
+                wait = min(60, max(1, round(self._mean_seconds * (self._max_queue + 1))))
                 raise ApiError(
                     429,
-                    f"{len(self._waiting)} requests are waiting already; try again in {wait} s",
+                    f"the engine is busy and {self._max_queue} requests wait already; try again in {wait} s",
                     code="queue_full",
                     headers={"retry-after": str(wait)},
                 )
@@ -179,7 +180,8 @@ class EngineWorker:
                     return
                 self._running = self._waiting.popleft()
             self._run(self._running)
-            self._running = None
+            with self._changed:
+                self._running = None
 
     def _run(self, results: Results[Any]) -> None:
         started = time.perf_counter()
