@@ -69,9 +69,7 @@ class LLM:
 
     # ---- streams
 
-    def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> Generator[Chunk, None, None]:
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
         """As `generate`, piece by piece. Arguments are checked at once; closing the generator ends the work."""
         ids = self._prompt_ids(prompt)
         params = params or SamplingParams()
@@ -182,17 +180,13 @@ class LLM:
             logits_V[known:] = -np.inf
         return logits_V
 
-    def _logprobs(
-        self, params: SamplingParams, logits_V: NDArray[np.float32], token: int
-    ) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, params: SamplingParams, logits_V: NDArray[np.float32], token: int) -> tuple[TokenLogprob, ...]:
         if params.logprobs is None:
             return ()
         logprobs_V = log_softmax(logits_V)
         to_bytes = self.tokenizer.token_bytes
         top = tuple((i, to_bytes(i), float(logprobs_V[i])) for i in likeliest(logprobs_V, params.logprobs))
-        return (
-            TokenLogprob(token_id=token, text_bytes=to_bytes(token), logprob=float(logprobs_V[token]), top=top),
-        )
+        return (TokenLogprob(token_id=token, text_bytes=to_bytes(token), logprob=float(logprobs_V[token]), top=top),)
 
 
 def _resolve(model: str | Path) -> Path:

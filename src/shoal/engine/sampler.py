@@ -49,7 +49,7 @@ class Sampler:
         penalised = params.presence_penalty or params.frequency_penalty
         if not (penalised or params.repetition_penalty != 1.0 or self._bias_ids.size):
             return logits_V
-        out_V = logits_V.copy()
+        out_V: Floats = logits_V.copy()
         if params.repetition_penalty != 1.0:
             seen = out_V[self._seen]
             factor = params.repetition_penalty
@@ -63,7 +63,7 @@ class Sampler:
 
 
 def cut(logits_V: Floats, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Token ids that survive temperature, top-k, top-p and min-p, likeliest first, with their weights (not normalised)."""
+    """Token ids that survive temperature, top-k, top-p and min-p, likeliest first, with weights (not normalised)."""
     ids: NDArray[np.int64]
     if 0 < params.top_k < logits_V.size:
         ids = np.argpartition(logits_V, -params.top_k)[-params.top_k :]
