@@ -30,6 +30,8 @@ def describe(config: ModelConfig) -> dict[str, object]:
         "rope.dimension_count": config.attention.rope_dim,
     }
     if isinstance(config.attention, MLAConfig):
+        if config.attention.q_lora_rank and config.num_hidden_layers in (26, 27):
+            logger.warning("llama.cpp takes a deepseek2 model of 26 or 27 layers to have no q_lora_rank")
         out |= _mla(config.attention) | _moe(config)
     else:
         out |= _gqa(config.attention)

@@ -7,6 +7,7 @@ Sources: llama.cpp src/models/{llama,qwen2,qwen3,deepseek2}.cpp and src/llama-co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -21,6 +22,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 GATING = {1: "softmax", 2: "sigmoid"}
 T = TypeVar("T", int, float, bool, str)
 _REQUIRED = object()
+# Keys that change what the network computes, in ways that none of our model types does.
+UNSUPPORTED = ("attention.scale", "attention.temperature_scale", "attn_logit_softcapping", "final_logit_softcapping")
 EMBEDDING = "token_embd.weight"
 
 
@@ -55,6 +58,8 @@ class Fields:
         if isinstance(value, list):
             raise FileError(self.file.path, "differs between layers, which is not supported", item=key)
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise FileError(self.file.path, f"must be finite, got {value}", item=key)
             return _shortest(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise FileError(self.file.path, f"should be of type {kind.__name__}, is {value!r}", item=key)
@@ -87,7 +92,7 @@ class Fields:
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if np.isfinite(value) and abs(value) < 3e38 else float(value)
+    return float(str(np.float32(value))) if abs(value) < 3e38 else float(value)
 
 
 def read_config(files: Sequence[GGUFFile]) -> ModelConfig:
@@ -101,6 +106,9 @@ def read_config(files: Sequence[GGUFFile]) -> ModelConfig:
     shape = fields.homes[EMBEDDING].tensors[EMBEDDING].shape if fields.has_tensor(EMBEDDING) else ()
     if len(shape) != 2:
         raise FileError(files[0].path, "is missing or no matrix", item=EMBEDDING)
+    for key in UNSUPPORTED:
+        if fields.number(key, 0.0):
+            raise fields.fail(key, "is not supported")
     num_layers, num_mtp = _read_depth(fields)
     attention = _read_mla(fields) if fields.arch == "deepseek2" else _read_gqa(fields)
     moe = _read_moe(fields, num_layers)
@@ -205,19 +213,19 @@ def _read_moe(fields: Fields, num_layers: int) -> MoEConfig | None:
     dense = fields.integer("leading_dense_block_count", 0)
     if fields.arch != "deepseek2" or not experts or dense >= num_layers:
         return None
-    gating = fields.integer("expert_gating_func", 0) or 1  # files of the V2 age have no such key
+    biased = any(fields.has_tensor(f"blk.{layer}.exp_probs_b.bias") for layer in range(dense, num_layers))
+    # Files of the V2 age have no such key; later ones that lack it are sigmoid models with a bias.
+    gating = fields.integer("expert_gating_func", 0) or (2 if biased else 1)
     if gating not in GATING:
         raise fields.fail("expert_gating_func", f"gating function {gating} is not supported")
     groups = fields.integer("expert_group_count", 0) or 1
     scoring = GATING[gating]
-    if any(fields.has_tensor(f"blk.{layer}.exp_probs_b.bias") for layer in range(dense, num_layers)):
-        if scoring != "sigmoid":
-            raise fields.fail("expert_gating_func", "softmax gating with a selection bias is not supported")
-        topk_method = "noaux_tc"
-    elif scoring == "softmax":
+    if biased and scoring == "softmax":
+        raise fields.fail("expert_gating_func", "softmax gating with a selection bias is not supported")
+    if scoring == "softmax":
         topk_method = "group_limited_greedy" if groups > 1 else "greedy"
     else:
-        topk_method = "noaux_tc"  # the reader supplies a bias of zeros
+        topk_method = "noaux_tc"  # where the file has no bias, the reader supplies zeros
     return MoEConfig(
         n_routed_experts=experts,
         num_experts_per_tok=fields.integer("expert_used_count"),

@@ -153,6 +153,13 @@ def test_gate_and_up_may_be_one_tensor(build, same_weights, make_config, make_we
         assert np.array_equal(up.raw_blocks(), joint[:, F:].reshape(E * F, -1))
 
 
+def test_absent_gating_function_with_a_bias_means_sigmoid(build, make_config, make_weights):
+    config = make_config("deepseek_v3")
+    keys = deepseek_keys(config, expert_gating_func=None)
+    checkpoint = open_gguf(build("deepseek2", keys, deepseek_tensors(make_weights(config)), SPECIAL))
+    assert checkpoint.config == config
+
+
 def test_mtp_blocks(build, same_weights, make_config, make_weights):
     """The block after the main ones, with the copies of embedding and head that some converters add."""
     config = make_config("deepseek_v3", num_nextn_predict_layers=1)

@@ -203,6 +203,8 @@ WRONG = {
     "flag for a number": ({"embedding_length": True}, "llama.embedding_length: should be of type int"),
     "heads differ by layer": ({"attention.head_count_kv": [2, 1]}, "differs between layers"),
     "longrope": ({"rope.scaling.type": "longrope"}, "'longrope' is not supported"),
+    "not finite": ({"rope.freq_base": float("nan")}, "llama.rope.freq_base: must be finite, got nan"),
+    "other attention scale": ({"attention.scale": 0.5}, "llama.attention.scale: is not supported"),
     "too many blocks": ({"block_count": 1 << 31}, "do not go with 21 tensors"),
     "no blocks": ({"block_count": 0}, "do not go with"),
     "one block too many": ({"block_count": 3}, "blk.2.attn_norm.weight: is missing"),
