@@ -27,7 +27,7 @@ void require(bool condition, const char* problem) {
 
 template <class Array>
 bool contiguous_last(const Array& a) {
-    return a.shape(a.ndim() - 1) <= 1 || a.stride(a.ndim() - 1) == 1;
+    return a.size() == 0 || a.shape(a.ndim() - 1) == 1 || a.stride(a.ndim() - 1) == 1;
 }
 
 void require_rows(const InRows& in, const OutRows& out) {

@@ -3,8 +3,65 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+from shoal.errors import ConfigError
 
 
 def isa() -> str | None:
-    """`SHOAL_ISA`: the instruction set of the CPU kernels (scalar, avx2, avx512, neon); None lets the machine decide."""
+    """`SHOAL_ISA`: the instruction set of the CPU kernels (scalar, avx2, avx512, neon); None: the machine's best."""
     return os.environ.get("SHOAL_ISA") or None
+
+
+def models_dir() -> Path:
+    """`SHOAL_MODELS`: where pulled models live; by default `shoal/models` in `XDG_CACHE_HOME`, or in `~/.cache`."""
+    chosen = os.environ.get("SHOAL_MODELS")
+    if chosen:
+        path = _expand("SHOAL_MODELS", chosen)
+        if path.exists() and not path.is_dir():
+            raise ConfigError("SHOAL_MODELS", f"{chosen} is not a folder")
+        return path
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says that a relative path is invalid and to be ignored.
+    root = Path(cache) if cache.startswith("/") else _expand("SHOAL_MODELS", "~/.cache")
+    return root / "shoal" / "models"
+
+
+def threads() -> int | None:
+    """`SHOAL_THREADS`: how many CPU threads the engine may use; None lets it count the cores it is given."""
+    text = os.environ.get("SHOAL_THREADS")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:9]) <= 4096:
+        raise ConfigError("SHOAL_THREADS", f"must be a whole number from 1 to 4096, got {text!r}")
+    return int(text)
+
+
+def api_key() -> str | None:
+    """`SHOAL_API_KEY`: the key that clients of `shoal serve` must present; None asks for none."""
+    return os.environ.get("SHOAL_API_KEY") or None
+
+
+def debug() -> bool:
+    """`SHOAL_DEBUG`: 1 shows the traceback of an error that otherwise takes one line."""
+    text = os.environ.get("SHOAL_DEBUG", "")
+    if text not in ("", "0", "1"):
+        raise ConfigError("SHOAL_DEBUG", f"must be 0 or 1, got {text!r}")
+    return text == "1"
+
+
+def hub_endpoint() -> str | None:
+    """`HF_ENDPOINT`: the server that `shoal pull ORG/NAME` asks; None means huggingface_hub's own."""
+    text = os.environ.get("HF_ENDPOINT")
+    if not text:
+        return None
+    if not text.startswith(("https://", "http://")):
+        raise ConfigError("HF_ENDPOINT", f"must start with https:// or http://, got {text!r}")
+    return text.rstrip("/")
+
+
+def _expand(name: str, text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(name, "must be set, as there is no home folder") from error

@@ -1,8 +1,8 @@
 """Parameters, cache bytes and operations of a model, from its configuration alone.
 
 Letters: D hidden_size, N heads, K key/value heads, H nope, R rope, C latent, V value head, S cached tokens, L layers.
-One multiply-add counts as two operations (FLOPs). Norms, rotary positions, softmax and activations are left out: together
-they stay below one percent of the matrix products.
+One multiply-add counts as two operations (FLOPs). Norms, rotary positions, softmax and activations are left out:
+together they stay below one percent of the matrix products.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def full_cache_bytes_per_token(config: ModelConfig, value_bytes: int = 2) -> int
 def flops_per_token(config: ModelConfig, *, context: int = 0) -> dict[str, int]:
     """Operations of one decoding step by part: 2 · weights used, and the attention over `context` cached tokens.
 
-    Attention over the cache, for each layer and cached token: GQA 4 · N · head_dim (scores and weighted sum); MLA in its
-    absorbed form 2 · N · (C + R) for the scores and 2 · N · C for the sum (DeepSeek-V2 appendix, the form that a decoder
-    runs; the kv_b projection is then applied to query and output at the same cost as to one token).
+    Attention over the cache, for each layer and cached token: GQA 4 · N · head_dim (scores and weighted sum); MLA in
+    its absorbed form, which a decoder runs, 2 · N · (C + R) for the scores and 2 · N · C for the sum (DeepSeek-V2
+    §2.1.2; the kv_b projection is then applied to query and output, at the same cost as to one token).
     """
     flops: dict[str, int] = {}
     for part, count in params_by_part(config).items():

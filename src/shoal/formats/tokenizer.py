@@ -20,6 +20,7 @@ import orjson
 
 from shoal.errors import FileError
 from shoal.formats import tokenizer_json
+from shoal.formats.atomic import atomic_file
 from shoal.formats.tokenizer_json import Json
 
 # Added tokens made only of these are pieces of ordinary text (runs of spaces, words), not control tokens.
@@ -156,7 +157,7 @@ class Tokenizer:
             return [lead + item.ids for item in self._plain.encode_batch_fast(clean, add_special_tokens=False)]
 
     def find_control(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(start, end, id) of every control token's string in `text`, leftmost and longest first, as the library does."""
+        """(start, end, id) of every control token's string in `text`, leftmost and longest, as the library does."""
         if not self._control:
             return
         with tokenizer_json.library_errors(self.where):
@@ -241,9 +242,12 @@ class Tokenizer:
         names = self.special_strings
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos, "add_eos_token": False}
         config |= {"clean_up_tokenization_spaces": False, **names}
-        tokenizer_json.write_atomic(folder / "tokenizer.json", self._source)
-        tokenizer_json.write_atomic(folder / "special_tokens_map.json", orjson.dumps(names, option=orjson.OPT_INDENT_2))
-        tokenizer_json.write_atomic(folder / "tokenizer_config.json", orjson.dumps(config, option=orjson.OPT_INDENT_2))
+        files = {"tokenizer.json": self._source}
+        files["special_tokens_map.json"] = orjson.dumps(names, option=orjson.OPT_INDENT_2)
+        files["tokenizer_config.json"] = orjson.dumps(config, option=orjson.OPT_INDENT_2)
+        for name, content in files.items():
+            with atomic_file(folder / name) as out:
+                out.write(content)
 
 
 def load_tokenizer_json(

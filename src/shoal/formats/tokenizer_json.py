@@ -1,4 +1,4 @@
-"""The `tokenizer.json` format: reading it with suspicion, and building the library objects that `tokenizer.Tokenizer` uses.
+"""The `tokenizer.json` format: reading it with suspicion, and building the library objects that `Tokenizer` uses.
 
 A file is checked before the Rust library sees it, because that library trusts its input: it renumbers added tokens
 silently, aborts on inconsistent merges and runs any regular expression it is given.
@@ -7,9 +7,7 @@ silently, aborts on inconsistent merges and runs any regular expression it is gi
 from __future__ import annotations
 
 import copy
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,21 +65,6 @@ def as_object(source: bytes, where: Path) -> Json:
     if not isinstance(data, dict):
         raise FileError(where, f"must hold a JSON object, holds {type(data).__name__}")
     return data
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write through a temporary name in the same folder, so that the file is whole or absent."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

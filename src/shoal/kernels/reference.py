@@ -13,7 +13,8 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     """x [..., D], weight [D] → [..., D]."""
     wide = x.astype(np.float64)
     scale = 1.0 / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight).astype(np.float32)
+    y: F32 = (wide * scale * weight).astype(np.float32)
+    return y
 
 
 def softmax(x: F32, scale: float = 1.0) -> F32:
@@ -21,11 +22,13 @@ def softmax(x: F32, scale: float = 1.0) -> F32:
     wide = x.astype(np.float64) * scale
     with np.errstate(invalid="ignore"):  # a row of only -inf is NaN, as in every framework
         e = np.exp(wide - np.max(wide, axis=-1, keepdims=True, initial=-np.inf))
-        return (e / np.sum(e, axis=-1, keepdims=True)).astype(np.float32)
+        y: F32 = (e / np.sum(e, axis=-1, keepdims=True)).astype(np.float32)
+    return y
 
 
 def silu_mul(gate: F32, up: F32) -> F32:
     """gate, up [..., F] → [..., F]."""
     wide = gate.astype(np.float64)
     with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then 0, as it should be
-        return (wide / (1.0 + np.exp(-wide)) * up).astype(np.float32)
+        y: F32 = (wide / (1.0 + np.exp(-wide)) * up).astype(np.float32)
+    return y

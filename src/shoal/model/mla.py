@@ -111,7 +111,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         """Attend over the latents themselves: W_k joins the query, W_v follows the weighted sum. out_BTNV."""
         w_NXC = self.kv_b_proj.weight.view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
-        w_k_NHC, w_v_NVC = w_NXC.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)
+        w_k_NHC, w_v_NVC = w_NXC[:, : self.config.qk_nope_head_dim], w_NXC[:, self.config.qk_nope_head_dim :]
         q_latent_BTNC = torch.einsum("btnh,nhc->btnc", q_nope_BTNH, w_k_NHC)
         scores_BNTS = torch.einsum("btnc,bsc->bnts", q_latent_BTNC, latent_BSC)
         scores_BNTS = scores_BNTS + torch.einsum("btnr,bsr->bnts", q_rope_BTNR, k_rope_BSR)

@@ -1,0 +1,87 @@
+"""The application: routes, errors, life span."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import shoal
+from shoal.errors import ShoalError
+from shoal.server.errors import ApiError, handle_crash, handle_error, json_response
+from shoal.server.guard import LOOPBACK, Guard
+from shoal.server.routes_chat import chat_completions
+from shoal.server.routes_completions import completions
+from shoal.server.service import Service, service_of
+
+
+def create_app(service: Service, *, hosts: frozenset[str] | None = LOOPBACK, api_key: str | None = None) -> Starlette:
+    """The ASGI application. The model loads on the worker's thread while the routes already answer.
+
+    Args:
+        service: the model and the worker that will load it.
+        hosts: names that the Host header may carry; None allows any.
+        api_key: the key that every route but /health asks for; None asks for none.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.worker.start()
+        try:
+            yield
+        finally:
+            service.worker.stop()
+
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/models", list_models, methods=["GET"]),
+            Route("/v1/models/{name:path}", show_model, methods=["GET"]),
+            Route("/health", health, methods=["GET"]),
+            Route("/version", version, methods=["GET"]),
+        ],
+        middleware=[Middleware(Guard, hosts=hosts, api_key=api_key)],
+        exception_handlers={
+            **dict.fromkeys((HTTPException, ApiError, ShoalError, MemoryError), handle_error),
+            Exception: handle_crash,
+        },
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app
+
+
+async def list_models(request: Request) -> Response:
+    return json_response({"object": "list", "data": [_model_card(service_of(request))]})
+
+
+async def show_model(request: Request) -> Response:
+    service = service_of(request)
+    service.check_model(request.path_params["name"])
+    return json_response(_model_card(service))
+
+
+async def health(request: Request) -> Response:
+    """200 once the model is loaded; 503 before that and while stopping."""
+    worker = service_of(request).worker
+    worker.engine()
+    return json_response({"status": "ok", "running": worker.num_running, "waiting": worker.num_waiting})
+
+
+async def version(request: Request) -> Response:
+    return json_response({"version": shoal.__version__})
+
+
+def _model_card(service: Service) -> dict[str, object]:
+    card: dict[str, object] = {"id": service.name, "object": "model", "created": service.created, "owned_by": "shoal"}
+    if service.worker.state == "ready":
+        card["max_model_len"] = service.worker.engine().max_context
+    return card

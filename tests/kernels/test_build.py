@@ -1,0 +1,101 @@
+"""The native sources as built: the five places of a kernel, no instruction outside its unit, the check program."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "native"
+# Registers that the baseline does not have, in objdump's and in llvm-objdump's spelling.
+WIDE = re.compile(r"%?\b[yz]mm\d|%k[1-7]\b")
+
+
+def _ops() -> list[str]:
+    """Kernel names in the table, from the header."""
+    return re.findall(r"\(\*(\w+)\)\(", (NATIVE / "include/shoal/ops.h").read_text())
+
+
+@pytest.mark.parametrize("stem", _ops())
+def test_five_places(stem):
+    places = {
+        "reference": re.search(rf"^def {stem}\(", (ROOT / "src/shoal/kernels/reference.py").read_text(), re.M),
+        "C++ body": re.search(rf"^void {stem}\(", _read(NATIVE / f"kernels/{stem}.h"), re.M),
+        "test": re.search(r"^def test_matches_reference\(isa", _read(ROOT / f"tests/kernels/test_{stem}.py"), re.M),
+        "benchmark": re.search(r"^def test_benchmark\(isa", _read(ROOT / f"tests/kernels/test_{stem}.py"), re.M),
+        "docs line": re.search(rf"^\| `{stem}` \| \S", (ROOT / "docs/kernels.md").read_text(), re.M),
+        "table line": f".{stem} = {stem}," in (NATIVE / "isa.inc").read_text(),
+        "check case": f'{{"{stem}",' in (NATIVE / "tests/kernel_check.cpp").read_text(),
+    }
+    assert [place for place, found in places.items() if not found] == []
+
+
+def test_every_body_is_in_the_table():
+    assert sorted(path.stem for path in (NATIVE / "kernels").glob("*.h")) == sorted(_ops())
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _run(*command: str | Path) -> str:
+    return subprocess.run(
+        [str(word) for word in command], check=True, capture_output=True, text=True, timeout=240
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The kernels and their check program, compiled as a release is, without Python."""
+    beside = f"{Path(sys.executable).parent}"
+    cmake = shutil.which("cmake", path=beside) or shutil.which("cmake")
+    ninja = shutil.which("ninja", path=beside) or shutil.which("ninja")
+    if not (cmake and ninja and (shutil.which("c++") or shutil.which("clang++"))):
+        pytest.skip("needs cmake, ninja and a C++ compiler")
+    folder = tmp_path_factory.mktemp("native")
+    _run(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DSHOAL_PYTHON=OFF")
+    _run(cmake, "--build", folder)
+    return folder
+
+
+def _objects(built: Path) -> dict[str, Path]:
+    return {path.name.split(".")[0]: path for path in built.glob("CMakeFiles/shoal_kernels.dir/native/*.o")}
+
+
+def test_units_share_no_symbol_with_the_linker(built):
+    """A weak symbol (W, V, u) compiled with wide instructions may replace its baseline twin at link time."""
+    if not shutil.which("nm"):
+        pytest.skip("needs nm")
+    units = {name: path for name, path in _objects(built).items() if name.startswith("isa_")}
+    assert "isa_scalar" in units
+    for name, path in units.items():
+        symbols = [line.split()[-2:] for line in _run("nm", "--defined-only", path).splitlines()]
+        assert [s for kind, s in symbols if kind in "WwVvuCi"] == [], name
+        exported = [s for kind, s in symbols if kind.isupper()]
+        assert len(exported) == 1, f"{name} should export its table alone, has {exported}"
+        assert re.fullmatch(rf"_ZN5shoal\d+{name[4:]}5tableE", exported[0])
+        constructors = [s for _, s in symbols if "_GLOBAL__sub_I" in s]
+        assert constructors == [], name
+
+
+def test_baseline_objects_hold_no_wide_instruction(built):
+    if not shutil.which("objdump"):
+        pytest.skip("needs objdump")
+    objects = _objects(built)
+    for name in ("cpu", "dispatch", "isa_scalar"):
+        code = _run("objdump", "-d", "--no-show-raw-insn", objects[name])
+        assert "ret" in code
+        assert WIDE.search(code) is None, f"{name}: {WIDE.search(code)}"
+    if "isa_avx512" in objects:  # the search does find what it looks for
+        assert "%zmm" in _run("objdump", "-d", "--no-show-raw-insn", objects["isa_avx512"])
+        assert "%zmm" not in _run("objdump", "-d", "--no-show-raw-insn", objects["isa_avx2"])
+
+
+def test_check_program(built):
+    out = _run(built / "kernel_check")
+    assert re.search(r"^[1-9]\d* passed, 0 failed$", out, re.M), out
