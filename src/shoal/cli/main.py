@@ -57,22 +57,19 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
+@app.callback()
 def shoal(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", "-V", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the full trace of an error.")] = False,
 ) -> None:
     """Train, reshape, shrink and serve DeepSeek-style language models on the hardware at hand."""
-    if context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    args = list(sys.argv[1:] if args is None else args)
+    args = list(sys.argv[1:] if args is None else args) or ["--help"]
     try:
         code = _run(args)
         sys.stdout.flush()

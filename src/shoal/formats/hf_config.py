@@ -219,7 +219,10 @@ def _model(family: str, fields: _Fields) -> ModelConfig:
 
 def token_ids(value: Any) -> tuple[int, ...]:
     """`eos_token_id` as it may stand in a file: null, one id or a list."""
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(token) is not int for token in ids):
+        raise ConfigError("eos_token_id", f"must be a token id, a list of them or null, got {value!r}")
+    return tuple(ids)
 
 
 def _mla(fields: _Fields) -> MLAConfig:
@@ -248,6 +251,8 @@ def _gqa(family: str, fields: _Fields) -> GQAConfig:
     optional = family == "llama" or "num_key_value_heads" in fields.raw
     kv_heads = fields.raw.get("num_key_value_heads") if optional else fields.need("num_key_value_heads")
     bias = fields.get("attention_bias")
+    if not isinstance(bias, bool):
+        raise ConfigError("attention_bias", f"must be true or false, got {bias!r}")
     return GQAConfig(
         num_attention_heads=heads,
         num_key_value_heads=heads if kv_heads is None else kv_heads,

@@ -81,12 +81,12 @@ def _specs(checkpoint: Checkpoint, dtype: str) -> Iterator[TensorSpec]:
         code = _target(tensor, dtype)
         experts = _EXPERTS.fullmatch(tensor.name)
         if experts is None:
-            yield TensorSpec(tensor.name, code, tensor.shape, tensor.chunks)
+            yield TensorSpec(tensor.name, code, tensor.shape, tensor.chunks, tensor.source)
             continue
         stream = _ExpertStream(tensor)
         for index in range(tensor.shape[0]):
             name = f"{experts['prefix']}{index}.{experts['part']}"
-            yield TensorSpec(name, code, tensor.shape[1:], stream.reader(index))
+            yield TensorSpec(name, code, tensor.shape[1:], stream.reader(index), tensor.source)
     yield from _mtp_copies(checkpoint.config, checkpoint, dtype)
 
 
@@ -103,7 +103,8 @@ def _mtp_copies(config: ModelConfig, checkpoint: Checkpoint, dtype: str) -> Iter
     head = embed if config.tie_word_embeddings else checkpoint.tensors["lm_head.weight"]
     for layer in config.mtp_layers:
         for name, source in (("embed_tokens.weight", embed), ("shared_head.head.weight", head)):
-            yield TensorSpec(f"model.layers.{layer}.{name}", _target(source, dtype), source.shape, source.chunks)
+            target = f"model.layers.{layer}.{name}"
+            yield TensorSpec(target, _target(source, dtype), source.shape, source.chunks, source.source)
 
 
 class _ExpertStream:

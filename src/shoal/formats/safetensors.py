@@ -180,12 +180,16 @@ def _is_sizes(value: Any) -> bool:
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to be written: `chunks()` yields arrays that follow each other along the first axis."""
+    """A tensor to be written: `chunks()` yields arrays that follow each other along the first axis.
+
+    `source` is the file to blame when a value does not fit.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[Array]]
+    source: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -243,7 +247,7 @@ def _write_tensor(path: Path, out: IO[bytes], spec: TensorSpec, progress: Callab
         if chunk.ndim != len(spec.shape) or chunk.shape[1:] != spec.shape[1:]:
             raise ValueError(f"{spec.name}: a chunk of shape {chunk.shape} is no part of {spec.shape}")
         for part in slices(chunk):
-            data = np.ascontiguousarray(cast(path, spec.name, part, dtype))
+            data = np.ascontiguousarray(cast(spec.source or path, spec.name, part, dtype))
             _put(path, out, data.reshape(-1).view(np.uint8).data)
             written += data.nbytes
             if progress is not None:
