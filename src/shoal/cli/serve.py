@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,20 +53,24 @@ def run(
     name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
     sock = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
-    note(f"shoal: listening on http://{shown}:{sock.getsockname()[1]} (loading {name})", dim=False)
+    address = f"http://{shown}:{sock.getsockname()[1]}"
 
     def ready(llm: LLM) -> None:
         from shoal.cli.machine import peak_rss_bytes
 
         note(f"shoal: ready, {llm.max_context} tokens of context, {human_bytes(peak_rss_bytes())} of memory", dim=False)
 
-    serve(
+    stopped = serve(
         lambda: LLM(path, max_context=max_context, threads=threads or settings.threads()),
         name=name,
         sock=sock,
         max_queue=max_queue,
         drain_seconds=drain_seconds,
         api_key=settings.api_key(),
+        on_start=lambda: note(f"shoal: listening on {address} (loading {name})", dim=False),
         on_ready=ready,
     )
     note("shoal: stopped", dim=False)
+    if not stopped:
+        sys.stderr.flush()
+        os._exit(0)

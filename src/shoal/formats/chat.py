@@ -8,7 +8,7 @@ For ordinary messages the result is what transformers' `apply_chat_template` giv
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -242,7 +242,10 @@ def chat_from_template(
 def load_chat(folder: str | Path) -> ChatFormat | None:
     """The chat format of a Hugging Face folder: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
 
-    Returns None if the model brings no template. Raises FileError as `chat_from_template` does.
+    A DeepSeek model without one gets its family's (`chat_deepseek`); any other gives None.
+
+    Raises:
+        FileError: as `chat_from_template` does.
     """
     folder = Path(folder)
     path = folder / "tokenizer_config.json"
@@ -255,7 +258,14 @@ def load_chat(folder: str | Path) -> ChatFormat | None:
             path = folder / "chat_template.jinja"
             templates[name] = _text(folder / file)
     if not templates:
-        return None
+        model_type = tokenizer_json.read_optional(folder / "config.json").get("model_type")
+        if not str(model_type).startswith("deepseek") or not (folder / "tokenizer.json").exists():
+            return None
+        data = tokenizer_json.as_object(
+            tokenizer_json.read_limited(folder / "tokenizer.json"), folder / "tokenizer.json"
+        )
+        tokenizer_json.check(data, folder / "tokenizer.json")
+        return _deepseek_default(tokenizer_json.all_tokens(data))
     default = templates.get("default") or next(iter(templates.values()))
     return ChatFormat(
         template_source=well_formed(default),
@@ -263,6 +273,32 @@ def load_chat(folder: str | Path) -> ChatFormat | None:
         special_tokens=special,
         where=path,
     )
+
+
+def chat_from_gguf(fields: Mapping[str, object], *, where: str | Path = "GGUF") -> ChatFormat | None:
+    """The chat format in a GGUF file's metadata, with the special tokens it prints; otherwise as `load_chat`."""
+    tokens = fields.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, (list, tuple)) else []
+    template, tool_template = (fields.get(f"tokenizer.chat_template{name}") for name in ("", ".tool_use"))
+    if not isinstance(template, str):
+        return _deepseek_default(tokens) if str(fields.get("general.architecture")).startswith("deepseek") else None
+    special = {}
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
+        index = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            special[name] = str(tokens[index])
+    return ChatFormat(
+        template_source=well_formed(template),
+        tool_template_source=tool_template if isinstance(tool_template, str) else None,
+        special_tokens=special,
+        where=Path(where),
+    )
+
+
+def _deepseek_default(tokens: Collection[str]) -> ChatFormat:
+    from shoal.formats.chat_deepseek import deepseek_chat, guess_deepseek_kind
+
+    return deepseek_chat(guess_deepseek_kind(tokens))
 
 
 def _config_templates(entry: object, path: Path) -> dict[str, str]:

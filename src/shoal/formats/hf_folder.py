@@ -175,9 +175,10 @@ class _Reader:
         readers = [self._chunks(one) for one in names]
 
         def chunks() -> Iterator[Array]:
-            for read in readers:
+            for one, read in zip(names, readers, strict=True):
                 bands = list(read())
                 yield (bands[0] if len(bands) == 1 else np.concatenate(bands))[None]
+                self.shards[one].release(one)
 
         first = self.shards[names[0]]
         return LazyTensor(

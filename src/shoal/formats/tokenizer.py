@@ -26,7 +26,6 @@ from shoal.formats.tokenizer_json import Json
 # Added tokens made only of these are pieces of ordinary text (runs of spaces, words), not control tokens.
 _MARKUP = re.compile(r"[<>\[\]{}|｜]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-METASPACE = "▁"
 
 
 class StreamDecoder:
@@ -200,7 +199,7 @@ class Tokenizer:
                 return bytes(table[char] for char in string)
             return string.encode()
         byte = _BYTE_TOKEN.fullmatch(string)
-        return bytes([int(byte[1], 16)]) if byte else string.replace(METASPACE, " ").encode()
+        return bytes([int(byte[1], 16)]) if byte else string.replace(tokenizer_json.METASPACE, " ").encode()
 
     # Single tokens
 

@@ -203,7 +203,7 @@ def _repeats_a_choice(pattern: str) -> bool:
     flat = re.sub(r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]", "x", flat)
     group = re.compile(r"\((\?[^:()]*:|\?[=!>]|\?<[=!])?([^()]*)\)(\*|\+|\{\d+,\})?")
     while found := group.search(flat):
-        choice = re.search(r"[*+?|{]", found[2]) is not None
+        choice = re.search(r"[*+?|]|\{\d*,\d*\}", found[2]) is not None
         if choice and found[3]:
             return True
         # A group with a choice inside stays one when it is nested further out.
@@ -232,20 +232,20 @@ def strings_by_id(vocab: Mapping[str, int], added: Mapping[str, int]) -> list[st
     return out
 
 
-def _parts(part: Json | None, key: str) -> list[Json]:
+def steps_of(part: Json | None, key: str) -> list[Json]:
     """The steps of a decoder, pre-tokenizer or post-processor, be it one or a Sequence."""
     if part is None:
         return []
     if part.get("type") == "Sequence":
-        return [step for inner in part.get(key, []) for step in _parts(inner, key)]
+        return [step for inner in part.get(key, []) for step in steps_of(inner, key)]
     return [part]
 
 
 def is_byte_level(data: Json, where: Path) -> bool:
     """True for GPT-2's byte alphabet, False for SentencePiece's `▁` and `<0xNN>`."""
-    kinds = {step.get("type") for step in _parts(data["decoder"], "decoders")}
+    kinds = {step.get("type") for step in steps_of(data["decoder"], "decoders")}
     if not kinds:
-        kinds = {step.get("type") for step in _parts(data["pre_tokenizer"], "pretokenizers")}
+        kinds = {step.get("type") for step in steps_of(data["pre_tokenizer"], "pretokenizers")}
         kinds &= {"ByteLevel", "Metaspace"}
     if "ByteLevel" in kinds:
         return True
@@ -255,7 +255,7 @@ def is_byte_level(data: Json, where: Path) -> bool:
 
 
 def strips_first_space(data: Json) -> bool:
-    for step in _parts(data["decoder"], "decoders"):
+    for step in steps_of(data["decoder"], "decoders"):
         if step.get("type") == "Strip" and step.get("start"):
             return True
         if step.get("type") == "Metaspace":
@@ -265,7 +265,7 @@ def strips_first_space(data: Json) -> bool:
 
 def template_start(data: Json) -> int | None:
     """The id that the post-processor puts before a text, if it does."""
-    for step in _parts(data["post_processor"], "processors"):
+    for step in steps_of(data["post_processor"], "processors"):
         single = step.get("single")
         if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
             special = single[0].get("SpecialToken", {}).get("id")
@@ -315,11 +315,11 @@ def build_plain(data: Json, control: Mapping[str, int], where: Path) -> tokenize
 
 def build_rest(data: Json, control: Mapping[str, int], where: Path) -> tokenizers.Tokenizer | None:
     """For vocabularies that mark only the very first word of a text: the tokenizer of what follows a control token."""
-    steps = _parts(data["pre_tokenizer"], "pretokenizers")
+    steps = steps_of(data["pre_tokenizer"], "pretokenizers")
     if not any(step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first" for step in steps):
         return None
     other = {**data, "pre_tokenizer": copy.deepcopy(data["pre_tokenizer"])}
-    for step in _parts(other["pre_tokenizer"], "pretokenizers"):
+    for step in steps_of(other["pre_tokenizer"], "pretokenizers"):
         if step.get("type") == "Metaspace":
             step["prepend_scheme"] = "never"
     return build_plain(other, control, where)

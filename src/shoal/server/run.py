@@ -40,11 +40,17 @@ def serve(
     max_queue: int = 64,
     drain_seconds: int = DRAIN_SECONDS,
     api_key: str | None = None,
+    on_start: Callable[[], None] | None = None,
     on_ready: Callable[[LLM], None] | None = None,
-) -> None:
+) -> bool:
     """Serve one model on a listening socket until SIGTERM or SIGINT, then finish what runs and return.
 
-    The socket answers (503) while the model loads. A second SIGINT ends at once.
+    The socket answers (503) while the model loads. A second SIGINT ends at once. `on_start` is called when signals are
+    handled and the loading begins, `on_ready` (on another thread) when it is done.
+
+    Returns:
+        False if the engine's thread could not be stopped because it is still loading. It is a daemon, but Python cannot
+        end such a thread cleanly: leave the process by `os._exit`.
 
     Raises:
         whatever `load` raised, after the server has stopped.
@@ -68,9 +74,12 @@ def serve(
     )
     server = uvicorn.Server(config)
     with _quiet_signals(give_up), sock:
+        if on_start is not None:
+            on_start()
         server.run(sockets=[sock])
     if worker.error is not None:
         raise worker.error
+    return not worker.alive
 
 
 @contextlib.contextmanager

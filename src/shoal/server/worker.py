@@ -110,6 +110,10 @@ class EngineWorker:
         return "loading" if self._llm is None else "ready"
 
     @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -148,14 +152,16 @@ class EngineWorker:
             self._waiting.remove(results)
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Cancel everything and end the thread; gives up on a thread that is busy longer than `timeout` seconds."""
+        """Cancel everything and end the thread. One that still loads, or is busy longer than `timeout` seconds, is left
+        (`alive`): it is inside native code, which nothing can interrupt."""
+        loading = self.state == "loading"
         with self._changed:
             self._closing = True
             for results in (*self._waiting, self._running):
                 if results is not None:
                     results.cancelled.set()
             self._changed.notify()
-        if self._thread.is_alive():
+        if self.alive and not loading:
             self._thread.join(timeout)
 
     def _main(self) -> None:
