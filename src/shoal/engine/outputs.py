@@ -23,6 +23,9 @@ class Stats:
     completion_tokens: int
     prompt_seconds: float
     decode_seconds: float
+    cached_tokens: int = 0  # of the prompt, taken from the cache of earlier requests
+    drafted: int = 0  # tokens guessed ahead, and how many of them the model confirmed
+    accepted: int = 0
 
     @property
     def first_token_seconds(self) -> float:
