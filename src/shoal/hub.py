@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -90,9 +91,10 @@ def resolve(name_or_path: str | Path) -> Path:
     """
     path = Path(name_or_path)
     if "://" not in str(name_or_path):
-        if path.suffix == ".gguf" and path.is_file():
+        # os.path, as pathlib raises on names that are too long
+        if path.suffix == ".gguf" and os.path.isfile(path):
             return path
-        if (path / "config.json").is_file():
+        if os.path.isfile(path / "config.json"):
             return path
     if isinstance(name_or_path, Path) or str(name_or_path).startswith((".", "/", "~")):
         raise UnknownModelError(f"{name_or_path}: no such GGUF file, and no folder with a config.json")

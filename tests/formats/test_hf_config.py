@@ -153,9 +153,9 @@ def test_transformers_reads_what_we_write_as_it_reads_the_original(tmp_path: Pat
     config = parse(PUBLISHED[name])
     written = to_hf(config)
     assert parse(written) == config
-    not_ours = ("auto_map", "quantization_config", "transformers_version", "aux_loss_alpha", "seq_aux", "pretraining_tp",
-            "rope_interleaved", "is_llama_config", "transformers.js_config", "max_window_layers", "sliding_window",
-            "use_mrope", "ep_size", "_name_or_path")  # fmt: skip
+    not_ours = ("auto_map", "quantization_config", "transformers_version", "aux_loss_alpha", "seq_aux", "use_mrope",
+                "pretraining_tp", "rope_interleaved", "is_llama_config", "transformers.js_config", "max_window_layers",
+                "sliding_window", "ep_size", "_name_or_path")  # fmt: skip
     for folder, raw in (("ours", written), ("theirs", PUBLISHED[name])):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(json.dumps(raw))

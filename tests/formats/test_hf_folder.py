@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -264,14 +265,38 @@ def test_a_failure_half_way_leaves_nothing(v3: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_names_the_destination_and_leaves_nothing(v3: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(FileError) as caught:
+            save_folder(open_folder(v3), tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"{tmp_path}/m/model.safetensors: cannot be written: File too large"
+    assert caught.value.path == tmp_path / "m" / "model.safetensors"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tokenizer_files_travel_byte_for_byte(folder: Path, tmp_path: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
+    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"]
+    names.append("additional_chat_templates/tool_use.jinja")
+    (folder / "additional_chat_templates").mkdir()
+    for name in names:
         (folder / name).write_text(f"the {name}")
     (folder / "modeling_evil.py").write_text("raise SystemExit")
     save_folder(open_folder(folder), tmp_path / "m")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
+    for name in names:
         assert (tmp_path / "m" / name).read_text() == f"the {name}"
     assert not (tmp_path / "m" / "modeling_evil.py").exists()
+
+
+def test_a_tokenizer_file_that_is_a_link_out_is_not_copied(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    os.symlink(tmp_path / "secret", folder / "tokenizer.json")
+    with pytest.raises(FileError, match=r"tokenizer\.json: is a link that leaves"):
+        save_folder(open_folder(folder), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 # FP8

@@ -1,7 +1,7 @@
 """Tiny random models of transformers and their twins in Shoal, for the parity tests of this folder.
 
-A case is the keyword arguments of a transformers configuration plus `model_type`. `our_config` reads it independently of
-`formats.hf_config`, and weights move through files written by `save_pretrained`, so the published names are under test.
+A case is the keyword arguments of a transformers configuration plus `model_type`. `our_config` reads it apart from
+`formats.hf_config`, and weights move through files written by `save_pretrained`, so the published names are tested.
 """
 
 from __future__ import annotations
@@ -56,6 +56,35 @@ LLAMA = {
 }
 
 
+SHARED_NAMES = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+MLA_NAMES = (
+    "num_attention_heads",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)
+MOE_NAMES = (
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+)
+
+
 def full_case(case: Case) -> Case:
     base = DEEPSEEK if case["model_type"].startswith("deepseek") else LLAMA
     full = {**base, **case}
@@ -73,12 +102,7 @@ def our_config(case: Case) -> ModelConfig:
     rope = dict(hf["rope_parameters"])
     theta = rope.pop("rope_theta")
     scaling = None if rope["rope_type"] == "default" else RopeScaling(**rope)
-    shared = {
-        name: hf[name]
-        for name in (
-            "model_type vocab_size hidden_size intermediate_size num_hidden_layers rms_norm_eps max_position_embeddings"
-        ).split()
-    }
+    shared = {name: hf[name] for name in SHARED_NAMES}
     shared["tie_word_embeddings"] = hf.get("tie_word_embeddings", False)
     shared["mlp_bias"] = hf.get("mlp_bias", False)
     if not kind.startswith("deepseek"):
@@ -92,21 +116,16 @@ def our_config(case: Case) -> ModelConfig:
             qk_norm=kind == "qwen3",
         )
         return ModelConfig(**shared, attention=attention, rope=RopeConfig(rope_theta=theta, scaling=scaling))
-    mla_names = "num_attention_heads kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split()
-    moe_names = (
-        "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size first_k_dense_replace n_group"
-        " topk_group routed_scaling_factor"
-    ).split()
     v3 = kind == "deepseek_v3"
     moe = MoEConfig(
-        **{name: hf[name] for name in moe_names},
+        **{name: hf[name] for name in MOE_NAMES},
         norm_topk_prob=hf.get("norm_topk_prob", False),
         scoring_func="sigmoid" if v3 else "softmax",
         topk_method="noaux_tc" if v3 else hf.get("topk_method", "greedy"),
     )
     return ModelConfig(
         **shared,
-        attention=MLAConfig(**{name: hf[name] for name in mla_names}, attention_bias=hf.get("attention_bias", False)),
+        attention=MLAConfig(**{name: hf[name] for name in MLA_NAMES}, attention_bias=hf.get("attention_bias", False)),
         moe=moe,
         rope=RopeConfig(rope_theta=theta, scaling=scaling, interleave=hf.get("rope_interleave", True)),
         num_nextn_predict_layers=hf.get("num_nextn_predict_layers", 0),

@@ -1,4 +1,4 @@
-"""Routing against plain loops written from the papers; expert sums against plain loops; gradients against differences."""
+"""Routing against loops written from the papers, expert sums against the dense sum, gradients against differences."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def route_one(moe: MoEConfig, logits: list[float], bias: list[float]) -> dict[in
     chosen_by = {i: scores[i] + (bias[i] if moe.topk_method == "noaux_tc" else 0.0) for i in scores}
     if moe.topk_method != "greedy":
         size = moe.n_routed_experts // moe.n_group
-        groups = {g: sorted((chosen_by[i] for i in range(g * size, (g + 1) * size))) for g in range(moe.n_group)}
+        groups = {g: sorted(chosen_by[i] for i in range(g * size, (g + 1) * size)) for g in range(moe.n_group)}
         num_best = 2 if moe.topk_method == "noaux_tc" else 1
         kept = best({g: sum(values[-num_best:]) for g, values in groups.items()}, moe.topk_group)
         chosen_by = {i: value for i, value in chosen_by.items() if i // size in kept}

@@ -62,8 +62,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         require_empty(path)
         temporary.rename(path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, FileError) and error.path.is_relative_to(temporary):  # name what the user asked for
+            error.args = (str(error).replace(str(temporary), str(path)),)
+            error.path = path / error.path.relative_to(temporary)
         raise
 
 

@@ -34,18 +34,17 @@ def open_gguf(path: str | Path) -> Checkpoint:
     path = Path(path)
     files = _read_shards(path)
     first = files[0]
-    config = read_config(first)
+    config = read_config(files)
 
     def load_tokenizer() -> Tokenizer:
         from shoal.formats.gguf_tokenizer import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(first.fields)
+        return tokenizer_from_gguf(first.fields, where=path)
 
     def load_chat() -> ChatFormat | None:
-        from shoal.formats.chat import chat_from_template
+        from shoal.formats.chat import chat_from_gguf
 
-        template = first.fields.get("tokenizer.chat_template")
-        return chat_from_template(template if isinstance(template, str) else None)
+        return chat_from_gguf(first.fields, where=path)
 
     return Checkpoint(
         path=path,
@@ -53,7 +52,7 @@ def open_gguf(path: str | Path) -> Checkpoint:
         tensors=read_tensors(files, config),
         load_tokenizer=load_tokenizer,
         load_chat=load_chat,
-        generation=_read_generation(Fields(first)),
+        generation=_read_generation(Fields(files)),
     )
 
 

@@ -17,6 +17,8 @@ def describe(config: ModelConfig) -> dict[str, object]:
         ConfigError: GGUF has no way to say it.
     """
     arch = "deepseek2" if config.is_mla else config.model_type
+    if config.rope.interleave and config.model_type in ("qwen2", "qwen3"):
+        raise ConfigError("rope_interleave", f"GGUF has no interleaved rotation for {config.model_type!r}")
     out: dict[str, object] = {
         "block_count": config.num_hidden_layers + config.num_nextn_predict_layers,
         "context_length": config.max_position_embeddings,
@@ -47,6 +49,8 @@ def _gqa(gqa: GQAConfig) -> dict[str, object]:
 
 
 def _mla(mla: MLAConfig) -> dict[str, object]:
+    if mla.attention_bias:
+        raise ConfigError("attention_bias", "GGUF's deepseek2 has no attention biases")
     return {
         "attention.head_count": mla.num_attention_heads,
         "attention.head_count_kv": 1,  # one latent serves all heads
@@ -71,6 +75,8 @@ def _moe(config: ModelConfig) -> dict[str, object]:
         raise ConfigError("moe_layer_freq", f"GGUF can only say 1, got {moe.moe_layer_freq}")
     if (moe.scoring_func == "sigmoid") != (moe.topk_method == "noaux_tc"):
         raise ConfigError("topk_method", f"GGUF cannot say {moe.topk_method!r} with scoring_func {moe.scoring_func!r}")
+    if moe.topk_method == "group_limited_greedy" and moe.n_group > 1:
+        logger.warning("llama.cpp scores a group of experts by its two best, group_limited_greedy by its best one")
     if not moe.n_shared_experts:
         logger.warning("llama.cpp does not load a deepseek2 model without shared experts; Shoal does")
     out: dict[str, object] = {

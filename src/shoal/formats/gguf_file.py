@@ -154,6 +154,8 @@ class _Reader:
 
     def name(self, limit: int, what: str) -> str:
         raw = self.text(limit, what)
+        if not raw:
+            raise self.fail(f"{what} is empty")
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:

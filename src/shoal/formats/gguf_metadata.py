@@ -7,6 +7,7 @@ Sources: llama.cpp src/models/{llama,qwen2,qwen3,deepseek2}.cpp and src/llama-co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -20,13 +21,18 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 GATING = {1: "softmax", 2: "sigmoid"}
 T = TypeVar("T", int, float, bool, str)
 _REQUIRED = object()
+EMBEDDING = "token_embd.weight"
 
 
 class Fields:
-    """Typed access to the metadata of one file; `{arch}.` keys are given without their prefix."""
+    """Typed access to a model's metadata; `{arch}.` keys are given without their prefix.
 
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
+    Of a sharded model, the first file holds the metadata and any may hold a tensor.
+    """
+
+    def __init__(self, files: Sequence[GGUFFile]) -> None:
+        self.file = file = files[0]
+        self.homes = {name: shard for shard in files for name in shard.tensors}
         self.arch = ""
         arch = self.text("general.architecture")
         if arch not in ARCHITECTURES:
@@ -73,7 +79,7 @@ class Fields:
         return self._key(key) in self.file.fields
 
     def has_tensor(self, name: str) -> bool:
-        return name in self.file.tensors
+        return name in self.homes
 
     def fail(self, key: str, problem: str) -> FileError:
         return FileError(self.file.path, problem, item=self._key(key))
@@ -84,23 +90,23 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value))) if np.isfinite(value) and abs(value) < 3e38 else float(value)
 
 
-def read_config(file: GGUFFile) -> ModelConfig:
-    """The model's configuration.
+def read_config(files: Sequence[GGUFFile]) -> ModelConfig:
+    """The model's configuration. `files` are its shards, usually one.
 
     Raises:
         FileError: the architecture is unsupported, or a key is missing or of the wrong type.
         ConfigError: the values do not make a model.
     """
-    fields = Fields(file)
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise FileError(file.path, "is missing or no matrix", item="token_embd.weight")
+    fields = Fields(files)
+    shape = fields.homes[EMBEDDING].tensors[EMBEDDING].shape if fields.has_tensor(EMBEDDING) else ()
+    if len(shape) != 2:
+        raise FileError(files[0].path, "is missing or no matrix", item=EMBEDDING)
     num_layers, num_mtp = _read_depth(fields)
     attention = _read_mla(fields) if fields.arch == "deepseek2" else _read_gqa(fields)
     moe = _read_moe(fields, num_layers)
     return ModelConfig(
         model_type=_model_type(fields.arch, moe),
-        vocab_size=_read_vocab_size(fields, embedding.shape[0]),
+        vocab_size=_read_vocab_size(fields, shape[0]),
         hidden_size=fields.integer("embedding_length"),
         intermediate_size=fields.integer("feed_forward_length"),
         num_hidden_layers=num_layers,
@@ -127,6 +133,8 @@ def _model_type(arch: str, moe: MoEConfig | None) -> str:
 def _read_depth(fields: Fields) -> tuple[int, int]:
     """Main layers and MTP layers. `block_count` includes the MTP blocks, unless a converter left those out."""
     blocks, mtp = fields.integer("block_count"), fields.integer("nextn_predict_layers", 0)
+    if not 0 < blocks <= len(fields.homes):  # also bounds every loop over blocks
+        raise fields.fail("block_count", f"{blocks} blocks do not go with {len(fields.homes)} tensors")
     if not mtp:
         return blocks, 0
     if not 0 < mtp < blocks:
@@ -235,7 +243,7 @@ def _read_rope(fields: Fields, attention: GQAConfig | MLAConfig) -> RopeConfig:
     if fields.has_tensor("rope_freqs.weight"):
         if scaling is not None:
             raise fields.fail("rope.scaling.type", "stands beside rope_freqs.weight; only one of them can apply")
-        scaling = llama3_scaling(fields.file, theta, attention.rope_dim)
+        scaling = llama3_scaling(fields.homes["rope_freqs.weight"], theta, attention.rope_dim)
     return RopeConfig(rope_theta=theta, scaling=scaling, interleave=fields.arch == "deepseek2")
 
 

@@ -9,7 +9,8 @@ Shape letters: N heads, H nope, V value, C latent, E experts, F hidden, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -80,23 +81,42 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{LAYER[part.removesuffix('.' + kind)]}.{kind}"
 
 
-def is_permuted(config: ModelConfig, name: str) -> bool:
-    """Whether GGUF holds the rows of this tensor in llama's pairwise order."""
-    return config.model_type == "llama" and (".q_proj." in name or ".k_proj." in name)
+@dataclass(frozen=True)
+class RowOrder:
+    """In each `group` of rows, those after the first `skip` are rotated, and GGUF holds them pairwise: row j and row
+    j + half of the half-split order are neighbours."""
+
+    group: int
+    skip: int = 0
+
+    def to_gguf(self, rows: NDArray[Rows]) -> NDArray[Rows]:
+        return self._reorder(rows, 2, (self.group - self.skip) // 2)
+
+    def from_gguf(self, rows: NDArray[Rows]) -> NDArray[Rows]:
+        return self._reorder(rows, (self.group - self.skip) // 2, 2)
+
+    def _reorder(self, rows: NDArray[Rows], outer: int, inner: int) -> NDArray[Rows]:
+        groups: NDArray[Rows] = rows.reshape(-1, self.group, *rows.shape[1:]).copy()
+        rotated = groups[:, self.skip :].reshape(-1, outer, inner, *rows.shape[1:]).swapaxes(1, 2)
+        groups[:, self.skip :] = rotated.reshape(-1, outer * inner, *rows.shape[1:])
+        return groups.reshape(rows.shape)
 
 
-def permute_rows(rows: NDArray[Rows], head_dim: int) -> NDArray[Rows]:
-    """Half-split rows of whole heads → pairwise order: within a head, row j and row j + half become neighbours."""
-    halves: NDArray[Rows] = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-    pairs: NDArray[Rows] = halves.swapaxes(1, 2).reshape(rows.shape)
-    return pairs
+def row_order(config: ModelConfig, name: str) -> RowOrder | None:
+    """How the rows of a tensor must be reordered for GGUF; None if they stay.
 
-
-def unpermute_rows(rows: NDArray[Rows], head_dim: int) -> NDArray[Rows]:
-    """The inverse of `permute_rows`."""
-    pairs: NDArray[Rows] = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
-    halves: NDArray[Rows] = pairs.swapaxes(1, 2).reshape(rows.shape)
-    return halves
+    llama's rotation works on pairs and ours on halves, so q and k change. deepseek2 works on pairs, as DeepSeek's own
+    weights do; a half-split model of ours changes in the rotary rows of the queries and of the shared key.
+    """
+    part = name.split(".")[-2]
+    attention = config.attention
+    if config.rope.interleave:
+        return None
+    if isinstance(attention, GQAConfig):
+        return RowOrder(attention.head_dim) if config.model_type == "llama" and part in ("q_proj", "k_proj") else None
+    if part in ("q_proj", "q_b_proj"):
+        return RowOrder(attention.qk_head_dim, attention.qk_nope_head_dim)
+    return RowOrder(attention.cache_width, attention.kv_lora_rank) if part == "kv_a_proj_with_mqa" else None
 
 
 def read_tensors(files: list[GGUFFile], config: ModelConfig) -> dict[str, LazyTensor]:
@@ -112,10 +132,12 @@ def read_tensors(files: list[GGUFFile], config: ModelConfig) -> dict[str, LazyTe
             out[name] = _split_kv_b(source, config, name, shape)
         elif name.endswith(SELECTION_BIAS) and not source.has(gguf_name(name)):
             out[name] = _zeros(name, shape, files[0])
-        elif is_permuted(config, name):
-            out[name] = _permuted(source, config, name, shape)
+        elif name.endswith((".mlp.experts.gate_proj.weight", ".mlp.experts.up_proj.weight")) and source.has(
+            _fused_name(name)
+        ):
+            out[name] = _half_of_fused(source, name, shape)
         else:
-            out[name] = _plain(source, name, shape)
+            out[name] = _stored(source, name, shape, row_order(config, name))
     source.check_all_used()
     return out
 
@@ -159,60 +181,55 @@ def _decode(stored: Bytes, dtype: str) -> Array:
     return stored.view(PLAIN[dtype]) if dtype in PLAIN else dequantize(stored, dtype)
 
 
-def _lazy(
-    name: str,
-    shape: Shape,
-    info: TensorInfo,
-    file: GGUFFile,
-    step: int,
-    arrange: Callable[[Bytes], Bytes] = lambda rows: rows,
-) -> LazyTensor:
-    """A tensor read `step` stored rows at a time; `arrange` reorders the rows of one such piece."""
+def _stored(source: _Source, name: str, shape: Shape, order: RowOrder | None) -> LazyTensor:
+    """A tensor that GGUF holds as one: read a bounded number of rows at a time, an expert at a time in a stack."""
+    file, info = source.claim(gguf_name(name), shape)
+    if len(shape) == 3:
+        step = shape[1]
+    else:
+        group = order.group if order is not None else 1
+        step = max(1, CHUNK_VALUES // shape[-1] // group) * group
 
     def chunks() -> Iterator[Array]:
         stored = file.stored(info.name)
+        if len(shape) == 1:  # one row, so that it is the values that are in order
+            values = _decode(stored, info.dtype).reshape(shape)
+            yield order.from_gguf(values) if order is not None else values
+            return
         for start in range(0, len(stored), step):
-            rows = _decode(arrange(stored[start : start + step]), info.dtype)
-            yield rows.reshape(-1, *shape[1:])
+            rows = stored[start : start + step]
+            yield _decode(order.from_gguf(rows) if order is not None else rows, info.dtype).reshape(-1, *shape[1:])
 
-    def raw() -> Bytes:
-        return arrange(file.stored(info.name))
+    def raw_blocks() -> Bytes:
+        rows = file.stored(info.name)
+        return order.from_gguf(rows) if order is not None else rows
 
-    quantised = info.dtype not in PLAIN
-    return LazyTensor(
-        name=name,
-        shape=shape,
-        dtype=info.dtype,
-        source=file.path,
-        make_chunks=chunks,
-        raw_blocks=raw if quantised else None,
-    )
+    blocks = raw_blocks if info.dtype not in PLAIN and len(shape) > 1 else None
+    return LazyTensor(name=name, shape=shape, dtype=info.dtype, source=file.path, make_chunks=chunks, raw_blocks=blocks)
 
 
-def _plain(source: _Source, name: str, shape: Shape) -> LazyTensor:
-    file, info = source.claim(gguf_name(name), shape)
-    if len(shape) == 1:
-        step = 1
-    elif len(shape) == 3:
-        step = shape[1]  # one expert
-    else:
-        step = max(1, CHUNK_VALUES // shape[1])
-    return _lazy(name, shape, info, file, step)
+def _fused_name(name: str) -> str:
+    return f"{gguf_name(name).rsplit('.', 2)[0]}.ffn_gate_up_exps.weight"
 
 
-def _permuted(source: _Source, config: ModelConfig, name: str, shape: Shape) -> LazyTensor:
-    """q or k of llama. A bias is stored as one row, so its values rather than its rows are put in order."""
-    assert isinstance(config.attention, GQAConfig)
-    head_dim = config.attention.head_dim
-    file, info = source.claim(gguf_name(name), shape)
-    if len(shape) == 2:
-        heads = max(1, CHUNK_VALUES // (head_dim * shape[1]))
-        return _lazy(name, shape, info, file, heads * head_dim, lambda rows: unpermute_rows(rows, head_dim))
+def _half_of_fused(source: _Source, name: str, shape: Shape) -> LazyTensor:
+    """gate_proj or up_proj of all experts from the joint tensor [E, 2 F, D], gate first, that newer files may have."""
+    experts, hidden, width = shape
+    file, info = source.claim(_fused_name(name), (experts, 2 * hidden, width))
+    first = 0 if ".gate_proj." in name else hidden
+
+    def stored() -> Bytes:
+        return file.stored(info.name).reshape(experts, 2 * hidden, -1)[:, first : first + hidden]
 
     def chunks() -> Iterator[Array]:
-        yield unpermute_rows(_decode(file.stored(info.name), info.dtype).reshape(shape), head_dim)
+        for rows in stored():
+            yield _decode(rows, info.dtype)[None]
 
-    return LazyTensor(name=name, shape=shape, dtype=info.dtype, source=file.path, make_chunks=chunks)
+    def raw_blocks() -> Bytes:
+        return stored().reshape(experts * hidden, -1)
+
+    blocks = None if info.dtype in PLAIN else raw_blocks
+    return LazyTensor(name=name, shape=shape, dtype=info.dtype, source=file.path, make_chunks=chunks, raw_blocks=blocks)
 
 
 def _split_kv_b(source: _Source, config: ModelConfig, name: str, shape: Shape) -> LazyTensor:

@@ -12,22 +12,25 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.config import GQAConfig, MLAConfig, ModelConfig
+from shoal.config import MLAConfig, ModelConfig
 from shoal.errors import ConfigError, FileError
 from shoal.formats.atomic import atomic_file
 from shoal.formats.checkpoint import Checkpoint, GenerationDefaults, LazyTensor
 from shoal.formats.gguf_describe import describe
 from shoal.formats.gguf_header import aligned, pack_header
-from shoal.formats.gguf_names import gguf_name, is_permuted, permute_rows
+from shoal.formats.gguf_names import gguf_name, row_order
 from shoal.formats.gguf_quants import FORMATS, PLAIN, quantize
 from shoal.formats.gguf_rope import NAME as ROPE_FREQS
 from shoal.formats.gguf_rope import llama3_factors
 from shoal.formats.layout import Shape, expected_tensors
+
+if TYPE_CHECKING:
+    from shoal.formats.chat import ChatFormat
 
 Bytes = NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -79,12 +82,13 @@ def write_gguf(
     """
     from shoal.formats.gguf_tokenizer import gguf_fields_from_tokenizer
 
-    fields = gguf_fields_from_tokenizer(checkpoint.load_tokenizer())
-    chat = checkpoint.load_chat()
-    if chat is not None and chat.template is not None:
-        fields = {**fields, "tokenizer.chat_template": chat.template}
-    fields = {"general.name": checkpoint.path.stem, **_sampling(checkpoint.generation), **fields}
     checkpoint.check_complete()
+    fields = {
+        "general.name": checkpoint.path.name.removesuffix(".gguf"),
+        **_sampling(checkpoint.generation),
+        **gguf_fields_from_tokenizer(checkpoint.load_tokenizer()),
+        **_chat_templates(checkpoint.load_chat()),
+    }
     write_model(checkpoint.config, checkpoint.tensors, fields, Path(dst), dtype=dtype, progress=progress)
 
 
@@ -112,9 +116,7 @@ def write_model(
     }
     header = pack_header(head, out)
     total = sum(aligned(tensor.nbytes) for tensor in out)
-    free = shutil.disk_usage(dst.parent).free if dst.parent.is_dir() else total
-    if len(header) + total > free:
-        raise FileError(dst, f"needs {len(header) + total} bytes, the disk has {free} left")
+    _check_space(dst, len(header) + total)
     with atomic_file(dst) as stream:
         _put(dst, stream, header)
         done = 0
@@ -128,6 +130,14 @@ def write_model(
             _put(dst, stream, bytes(padding))
             done += padding
         assert done == total, f"{done} bytes of {total} were written"
+
+
+def _check_space(path: Path, needed: int) -> None:
+    if not path.parent.is_dir():
+        raise FileError(path, "cannot be written: no such folder")
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise FileError(path, f"needs {needed} bytes, the disk has {free} left")
 
 
 def _put(path: Path, stream: IO[bytes], data: bytes | memoryview) -> None:
@@ -175,18 +185,17 @@ def _one(config: ModelConfig, tensor: LazyTensor, dtype: str) -> OutTensor:
     name = gguf_name(tensor.name)
     raw = tensor.raw_blocks if dtype == "keep" else None
     target = tensor.dtype if raw is not None else _target(config, name, tensor.shape, tensor.dtype, dtype)
-    head_dim = config.attention.head_dim if isinstance(config.attention, GQAConfig) else 0
-    permuted = is_permuted(config, tensor.name)
+    order = row_order(config, tensor.name)
 
     def pieces() -> Iterator[Bytes]:
         if raw is not None:
-            yield permute_rows(raw(), head_dim) if permuted else raw()
-        elif permuted and len(tensor.shape) == 1:
+            yield order.to_gguf(raw()) if order is not None else raw()
+        elif len(tensor.shape) == 1:
             values: NDArray[np.float32] = tensor.read(np.float32).astype(np.float32, copy=False)
-            yield _encode(tensor, permute_rows(values, head_dim), target)
+            yield _encode(tensor, order.to_gguf(values) if order is not None else values, target)
         else:
-            for rows in _row_pieces(tensor, head_dim if permuted else 1):
-                yield _encode(tensor, permute_rows(rows, head_dim) if permuted else rows, target)
+            for rows in _row_pieces(tensor, order.group if order is not None else 1):
+                yield _encode(tensor, order.to_gguf(rows) if order is not None else rows, target)
 
     return OutTensor(name, tensor.shape, target, pieces)
 
@@ -251,6 +260,16 @@ def _sampling(generation: GenerationDefaults) -> dict[str, object]:
         "min_p": generation.min_p,
     }
     return {f"general.sampling.{key}": value for key, value in values.items() if value is not None}
+
+
+def _chat_templates(chat: ChatFormat | None) -> dict[str, object]:
+    if chat is None:
+        return {}
+    out: dict[str, object] = {"tokenizer.chat_template": chat.template_source}
+    if chat.tool_template_source is not None:
+        out["tokenizer.chat_templates"] = ["tool_use"]
+        out["tokenizer.chat_template.tool_use"] = chat.tool_template_source
+    return out
 
 
 def _special_tokens(config: ModelConfig) -> dict[str, object]:

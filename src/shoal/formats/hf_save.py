@@ -30,6 +30,7 @@ SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates"
 _EXPERTS = re.compile(r"(?P<prefix>.*\.mlp\.experts\.)(?P<part>\w+\.weight)$")
 
 
@@ -142,8 +143,10 @@ def _save_text_side(checkpoint: Checkpoint, folder: Path) -> None:
     """Tokenizer, chat template and licence: copied from a folder, written anew for anything else."""
     source = checkpoint.path
     if source.is_dir():
-        for name in SIDE_FILES:
+        extra = sorted(f"{TEMPLATES}/{path.name}" for path in (source / TEMPLATES).glob("*.jinja"))
+        for name in (*SIDE_FILES, *extra):
             if (source / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(inside(source, name), folder / name)
         return
     try:
@@ -152,9 +155,8 @@ def _save_text_side(checkpoint: Checkpoint, folder: Path) -> None:
         warnings.warn(f"saved without a tokenizer: {error}", stacklevel=3)
         return
     chat = checkpoint.load_chat()
-    if chat is not None and chat.template_source and not (folder / "chat_template.jinja").exists():
-        with atomic_file(folder / "chat_template.jinja") as out:
-            out.write(chat.template_source.encode("utf-8"))
+    if chat is not None:
+        chat.save(folder)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -44,10 +44,13 @@ def _read_index(folder: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(path, "must map tensor names to files", item="weight_map")
+    checked = set()
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise FileError(path, f"names {shard!r}, which is no safetensors file", item=name)
-        inside(folder, shard, named_by=path)
+        if shard not in checked:
+            inside(folder, shard, named_by=path)
+            checked.add(shard)
     return weight_map
 
 

@@ -99,6 +99,8 @@ class Tokenizer:
         self._plain = tokenizer_json.build_plain(data, self._control, self.where)
         self._rest = tokenizer_json.build_rest(data, self._control, self.where)
         self._matcher = tokenizer_json.build_matcher(data, self.where)
+        # Its ids are its own; a match's text may include the spaces that a token swallows.
+        self._matched = {self._matcher.token_to_id(token): token_id for token, token_id in self._control.items()}
         for name, value in (("bos_token_id", bos_token_id), ("pad_token_id", pad_token_id)):
             self._check_id(name, value)
         for value in eos_token_ids:
@@ -161,9 +163,9 @@ class Tokenizer:
             return
         with tokenizer_json.library_errors(self.where):
             found = self._matcher.encode(text, add_special_tokens=False)
-        for token, (start, end) in zip(found.tokens, found.offsets, strict=True):
-            if token in self._control:
-                yield start, end, self._control[token]
+        for index, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if index in self._matched:
+                yield start, end, self._matched[index]
 
     # Ids to text
 
