@@ -85,7 +85,8 @@ void unpack(const Packed& packed, long row, nb::ndarray<float, nb::ndim<1>, nb::
 
 class PlanEngine {
   public:
-    explicit PlanEngine(int threads) : engine_(threads) {}
+    PlanEngine(int threads, bool wide, bool wide_experts)
+        : engine_(threads), wide_(wide), wide_experts_(wide_experts) {}
 
     int threads() const { return engine_.threads(); }
     long buffer(long cols) { return engine_.add_buffer(cols); }
@@ -111,7 +112,7 @@ class PlanEngine {
     void linear(long in, std::optional<Floats> norm, float eps, const std::vector<Packed>& weights,
                 const std::vector<std::optional<Floats>>& biases, const std::vector<long>& outs, bool add_to) {
         auto op = std::make_unique<shoal::Linear>();
-        op->input = {in, hold(norm), eps};
+        op->input = {in, hold(norm), eps, wide_};
         require(weights.size() == biases.size() && weights.size() == outs.size() && !weights.empty(), "one output a matrix");
         for (size_t i = 0; i < weights.size(); ++i) {
             require(weights[i].matrix.cols == engine_.buffer_cols(in), "matrix and input differ in columns");
@@ -126,6 +127,7 @@ class PlanEngine {
         auto op = std::make_unique<shoal::HeadLinear>();
         shoal::PackedMatrix matrix = hold(stack);
         for (long n = 0; n < stack.count; ++n, matrix.data += matrix.bytes()) op->weights.push_back(matrix);
+        op->wide = wide_;
         op->in = in, op->in_first = in_first, op->in_step = in_step;
         op->out = out, op->out_first = out_first, op->out_step = out_step;
         put(std::move(op), true);
@@ -164,12 +166,13 @@ class PlanEngine {
     void feed_forward(long in, Floats norm, float eps, const std::vector<Packed>& dense, std::optional<Packed> router,
                       std::optional<Floats> bias, const std::vector<Packed>& routed, nb::dict routing) {
         auto op = std::make_unique<shoal::FeedForward>();
-        op->input = {in, hold(norm), eps};
+        op->input = {in, hold(norm), eps, wide_};
         require(dense.size() == 3 || dense.empty(), "dense holds gate, up and down");
         if (!dense.empty()) {
             op->has_dense = true;
             op->gate = hold(dense[0]), op->up = hold(dense[1]), op->down = hold(dense[2]);
         }
+        op->wide_experts = wide_experts_;
         if (router) {
             require(routed.size() == 3 && routed[0].count == router->matrix.rows, "routed holds gate, up and down stacks");
             op->router = hold(*router);
@@ -189,7 +192,7 @@ class PlanEngine {
 
     void head(long in, Floats norm, float eps, const Packed& weight) {
         auto op = std::make_unique<shoal::Head>();
-        op->input = {in, hold(norm), eps};
+        op->input = {in, hold(norm), eps, wide_};
         op->weight = hold(weight);
         vocabulary_ = op->weight.rows;
         put(std::move(op), false);
@@ -226,6 +229,7 @@ class PlanEngine {
     shoal::Engine engine_;
     std::vector<Bytes> memory_;
     std::vector<Floats> floats_;
+    bool wide_, wide_experts_;  // 16-bit activations
     long vocabulary_ = 0;
 };
 
@@ -248,7 +252,7 @@ void shoal_bind_engine(nb::module_& m) {
     m.def("pack", &pack, "source"_a, "data"_a.noconvert(), "rows"_a, "cols"_a, "packing"_a, "out"_a.noconvert(),
           "threads"_a = 1, "scales"_a.noconvert() = nb::none(), "minima"_a.noconvert() = nb::none(), "group"_a = 32);
     nb::class_<PlanEngine>(m, "Engine")
-        .def(nb::init<int>(), "threads"_a)
+        .def(nb::init<int, bool, bool>(), "threads"_a, "wide"_a = false, "wide_experts"_a = false)
         .def_prop_ro("threads", &PlanEngine::threads)
         .def_prop_ro("cache_bytes", &PlanEngine::cache_bytes)
         .def("buffer", &PlanEngine::buffer, "cols"_a)

@@ -26,9 +26,25 @@ uint8_t* Scratch::bytes(size_t size) {
     return data_;
 }
 
-QuantRows QuantBuffer::reserve(long rows, long cols) {
+namespace {
+
+QuantRows skip_rows(const QuantRows& rows, long row, long cols) {
+    if (!rows.codes) return rows;
+    const long groups = round_up(cols, kBlockCols) / kGroup;
+    return {rows.codes + row * groups * kGroup, rows.scales + row * groups, rows.sums + row * groups};
+}
+
+}  // namespace
+
+WideRows WideRows::from_row(long row, long cols) const { return {skip_rows(high, row, cols), skip_rows(low, row, cols)}; }
+
+WideRows QuantBuffer::reserve(long rows, long cols, bool wide) {
     const size_t values = size_t(round_up(rows, 4)) * round_up(cols, kBlockCols);
-    return {codes.array<int8_t>(values), scales.array<float>(values / kGroup), sums.array<int32_t>(values / kGroup)};
+    auto layer = [&](int i) {
+        return QuantRows{codes[i].array<int8_t>(values), scales[i].array<float>(values / kGroup),
+                         sums[i].array<int32_t>(values / kGroup)};
+    };
+    return {layer(0), wide ? layer(1) : QuantRows{}};
 }
 
 void Worker::barrier() const { engine.barrier(); }
@@ -84,24 +100,40 @@ void Engine::run(const Step& step) {
 void multiply(const Ops& ops, const PackedMatrix& w, const Prepared& x, long first, long last, float* y, long y_stride,
               bool add_to) {
     const uint8_t* tiles = w.data + first * w.tile_bytes();
-    const long rows = std::min(w.rows, last * kTileRows) - first * kTileRows;
+    const long rows = std::min(w.rows, last * kTileRows) - first * kTileRows, count = last - first;
     y += first * kTileRows;
-    if (w.quantised())
-        ops.matmul_q(int32_t(w.packing), tiles, last - first, w.cols, rows, &x.quant, x.tokens, x.lanes, y, y_stride, add_to);
-    else
-        ops.matmul_f(int32_t(w.packing), tiles, last - first, w.cols, rows, x.rows, x.stride, x.tokens, y, y_stride, add_to);
+    if (!w.quantised()) {
+        ops.matmul_f(int32_t(w.packing), tiles, count, w.cols, rows, x.rows, x.stride, x.tokens, y, y_stride, add_to);
+        return;
+    }
+    ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.high, x.tokens, x.lanes, y, y_stride, add_to);
+    if (x.quant.low.codes)
+        ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.low, x.tokens, x.lanes, y, y_stride, true);
 }
 
-QuantRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
-                        long lanes) {
-    const QuantRows out = into.reserve(tokens, cols);
-    const float* pointers[64];
-    const long groups = round_up(cols, kBlockCols) / kGroup;
-    for (long t = 0; t < tokens; t += 64) {
-        const long n = std::min(64L, tokens - t);
+void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count, long cols,
+                    long lanes) {
+    auto put = [&](const QuantRows& layer, const float* const* from, float* rest) {
+        const QuantRows to = skip_rows(layer, at, cols);
+        worker.ops.quantize_rows(from, count, cols, lanes, const_cast<int8_t*>(to.codes), const_cast<float*>(to.scales),
+                                 const_cast<int32_t*>(to.sums), rest);
+    };
+    if (!into.low.codes) return put(into.high, rows, nullptr);
+    float* rest = worker.engine.scratch(worker.member, 7).array<float>(count * cols);
+    put(into.high, rows, rest);
+    const float* left[4];
+    for (long i = 0; i < count; ++i) left[i] = rest + i * cols;
+    put(into.low, left, nullptr);
+}
+
+WideRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
+                       long lanes, bool wide) {
+    const WideRows out = into.reserve(tokens, cols, wide);
+    const float* pointers[4];
+    for (long t = 0; t < tokens; t += lanes) {
+        const long n = std::min(lanes, tokens - t);
         for (long i = 0; i < n; ++i) pointers[i] = rows + (t + i) * stride;
-        worker.ops.quantize_rows(pointers, n, cols, lanes, const_cast<int8_t*>(out.codes) + t * groups * kGroup,
-                                 const_cast<float*>(out.scales) + t * groups, const_cast<int32_t*>(out.sums) + t * groups);
+        quantise_block(worker, out, t, pointers, n, cols, lanes);
     }
     return out;
 }
@@ -110,7 +142,7 @@ void reserve_input(Engine& engine, const Step& step, SharedInput& shared, const 
     if (step.tokens <= kPrivateTokens) return;
     const long cols = engine.buffer_cols(input.buffer);
     if (input.norm) shared.rows.array<float>(step.tokens * cols);
-    if (quantised) shared.quant.reserve(step.tokens, cols);
+    if (quantised) shared.quant.reserve(step.tokens, cols, input.wide);
 }
 
 Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, bool quantised, int stage) {
@@ -124,13 +156,13 @@ Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, 
             out.rows = rows;
         }
         if (quantised)
-            out.quant = quantise_rows(worker, worker.engine.quant(worker.member), out.rows, cols, tokens, cols, out.lanes);
+            out.quant = quantise_rows(worker, worker.engine.quant(worker.member), out.rows, cols, tokens, cols, out.lanes,
+                                      input.wide);
         return out;
     }
     if (!input.norm && !quantised) return out;
     float* rows = input.norm ? shared.rows.array<float>(tokens * cols) : nullptr;
-    const QuantRows quant = quantised ? shared.quant.reserve(tokens, cols) : QuantRows{};
-    const long groups = round_up(cols, kBlockCols) / kGroup;
+    const WideRows quant = quantised ? shared.quant.reserve(tokens, cols, input.wide) : WideRows{};
     long first, last;
     while (worker.next(stage, (tokens + 3) / 4, 1, first, last)) {
         const long t = first * 4, n = std::min(4L, tokens - t);
@@ -142,8 +174,7 @@ Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, 
         if (!quantised) continue;
         const float* pointers[4];
         for (long i = 0; i < n; ++i) pointers[i] = from + i * cols;
-        worker.ops.quantize_rows(pointers, n, cols, 4, const_cast<int8_t*>(quant.codes) + t * groups * kGroup,
-                                 const_cast<float*>(quant.scales) + t * groups, const_cast<int32_t*>(quant.sums) + t * groups);
+        quantise_block(worker, quant, t, pointers, n, cols, 4);
     }
     worker.barrier();
     if (rows) out.rows = rows;

@@ -54,10 +54,16 @@ class Scratch {
     size_t size_ = 0;
 };
 
-// int8 rows with the memory that holds them.
+// Rows in int8, and in a second layer what the first left over (wide activations, about 16 bits; else its codes are null).
+struct WideRows {
+    QuantRows high{}, low{};
+    WideRows from_row(long row, long cols) const;
+};
+
+// Such rows with the memory that holds them.
 struct QuantBuffer {
-    Scratch codes, scales, sums;
-    QuantRows reserve(long rows, long cols);
+    Scratch codes[2], scales[2], sums[2];
+    WideRows reserve(long rows, long cols, bool wide);
 };
 
 class Engine;
@@ -86,7 +92,7 @@ struct Operation {
 struct Prepared {
     const float* rows = nullptr;
     long stride = 0;
-    QuantRows quant{};
+    WideRows quant{};
     long lanes = 1;
     long tokens = 0;
     long cols = 0;
@@ -138,6 +144,7 @@ struct Input {
     long buffer;
     const float* norm = nullptr;  // RMSNorm weights or null
     float eps = 0;
+    bool wide = false;  // activations of 16 bits rather than 8 where they meet quantised weights
 };
 struct SharedInput {  // an operation's own memory for the shared case
     Scratch rows;
@@ -146,8 +153,11 @@ struct SharedInput {  // an operation's own memory for the shared case
 constexpr long kPrivateTokens = 2;
 void reserve_input(Engine& engine, const Step& step, SharedInput& shared, const Input& input, bool quantised);
 Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, bool quantised, int stage);
-// Int8 form of given rows in a member's own memory.
-QuantRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
-                        long lanes);
+// Quantises up to 4 rows into one interleaved block at row `at` of `into`.
+void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count, long cols,
+                    long lanes);
+// Quantised form of given rows in a member's own memory.
+WideRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
+                       long lanes, bool wide);
 
 }  // namespace shoal

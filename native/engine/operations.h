@@ -41,6 +41,7 @@ struct Linear final : Operation {
 struct HeadLinear final : Operation {
     std::vector<PackedMatrix> weights;
     long in, in_first, in_step, out, out_first, out_step;
+    bool wide = false;
     void run(const Worker& worker) override;
 };
 
@@ -95,6 +96,7 @@ struct FeedForward final : Operation {
     long experts = 0, active = 0, groups = 1, groups_kept = 1;
     bool sigmoid = false, top_two = false, normalise = false;
     float scaling = 1;
+    bool wide_experts = false;  // input.wide for the routed experts
     PackedMatrix router;
     const float* bias = nullptr;
     PackedMatrix expert_gate, expert_up, expert_down;  // of expert 0; the others follow at bytes() each
@@ -118,13 +120,13 @@ struct FeedForward final : Operation {
     void route(const float* scores, int32_t* experts_out, float* weights_out) const;
     void choose_experts(const Worker& worker);
     void group_slots(long tokens);
-    QuantRows run_experts(const Worker& worker, const Prepared& x);
-    void quantise_expert(const Worker& worker, long expert, const QuantRows& into, long cols, const float* rows, long stride,
+    WideRows run_experts(const Worker& worker, const Prepared& x);
+    void quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows, long stride,
                          bool by_token) const;
-    QuantRows quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes);
+    WideRows quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes);
     void hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x, long first,
                       long last, float* out, long stride) const;
-    void down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense, const QuantRows& routed);
+    void down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense, const WideRows& routed);
 };
 
 // logits = norm(x[output rows]) W^T.

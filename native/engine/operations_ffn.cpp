@@ -18,11 +18,6 @@ PackedMatrix expert_of(const PackedMatrix& first, long expert) {
     return matrix;
 }
 
-QuantRows rows_from(const QuantRows& all, long row, long cols) {
-    const long groups = round_up(cols, kBlockCols) / kGroup;
-    return {all.codes + row * groups * kGroup, all.scales + row * groups, all.sums + row * groups};
-}
-
 }  // namespace
 
 // The published routings, on one token's router scores. Ties go to the smaller index.
@@ -98,7 +93,7 @@ void FeedForward::hidden_chunk(const Worker& worker, const PackedMatrix& g, cons
 }
 
 void FeedForward::down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense,
-                             const QuantRows& routed) {
+                             const WideRows& routed) {
     const long stride = worker.engine.buffer_cols(input.buffer);
     if (has_dense) multiply(worker.ops, down, dense, first, last, x, stride, true);
     if (!experts) return;
@@ -109,7 +104,7 @@ void FeedForward::down_tiles(const Worker& worker, long first, long last, float*
     for (const long e : used) {
         const long count = offset[e + 1] - offset[e];
         const float* rows = hidden.array<float>(0) + offset[e] * width;
-        const Prepared h{rows, width, rows_from(routed, quant_row[e], width), count == 1 ? 1L : 4L, count, width};
+        const Prepared h{rows, width, routed.from_row(quant_row[e], width), count == 1 ? 1L : 4L, count, width};
         multiply(worker.ops, expert_of(expert_down, e), h, first, last, product - from, cols, false);
         for (long i = 0; i < count; ++i) {
             float* row = x + slot_token[offset[e] + i] * stride + from;
@@ -124,7 +119,7 @@ void FeedForward::reserve(Engine& engine, const Step& step) {
     const long tokens = step.tokens, cols = engine.buffer_cols(input.buffer);
     if (has_dense) {
         dense_hidden.array<float>(tokens * gate.rows);
-        if (down.quantised()) dense_quant.reserve(tokens, gate.rows);
+        if (down.quantised()) dense_quant.reserve(tokens, gate.rows, input.wide);
     }
     if (!experts) return;
     logits.array<float>(tokens * experts);
@@ -133,8 +128,8 @@ void FeedForward::reserve(Engine& engine, const Step& step) {
     weight.resize(tokens * active);
     // Every used expert may pad its rows to a multiple of four.
     const long rows = tokens * active + 4 * std::min(experts, tokens * active);
-    if (expert_gate.quantised()) gathered.reserve(rows, cols);
-    if (expert_down.quantised()) hidden_quant.reserve(rows, expert_gate.rows);
+    if (expert_gate.quantised()) gathered.reserve(rows, cols, wide_experts);
+    if (expert_down.quantised()) hidden_quant.reserve(rows, expert_gate.rows, wide_experts);
 }
 
 void FeedForward::run(const Worker& worker) {
@@ -155,7 +150,7 @@ void FeedForward::run(const Worker& worker) {
         hidden_chunk(worker, gate, up, x, tile, std::min(tile + kHiddenTiles, gate.tiles()), dense_rows, dense_width);
     }
     worker.barrier();
-    QuantRows routed{};
+    WideRows routed{};
     if (experts) {
         choose_experts(worker);
         routed = run_experts(worker, x);
@@ -186,26 +181,24 @@ void FeedForward::choose_experts(const Worker& worker) {
 }
 
 // The always-used MLP's hidden rows in int8; ends with a barrier if shared out.
-QuantRows FeedForward::quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes) {
+WideRows FeedForward::quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes) {
     const long tokens = worker.step.tokens;
     if (tokens <= kPrivateTokens)
-        return quantise_rows(worker, worker.engine.quant(worker.member), rows, width, tokens, width, lanes);
-    const QuantRows out = dense_quant.reserve(tokens, width);
+        return quantise_rows(worker, worker.engine.quant(worker.member), rows, width, tokens, width, lanes, input.wide);
+    const WideRows out = dense_quant.reserve(tokens, width, input.wide);
     long first, last;
     while (worker.next(6, (tokens + 3) / 4, 1, first, last)) {
         const float* pointers[4];
         const long n = std::min(4L, tokens - first * 4);
         for (long i = 0; i < n; ++i) pointers[i] = rows + (first * 4 + i) * width;
-        const QuantRows at = rows_from(out, first * 4, width);
-        worker.ops.quantize_rows(pointers, n, width, lanes, const_cast<int8_t*>(at.codes), const_cast<float*>(at.scales),
-                                 const_cast<int32_t*>(at.sums));
+        quantise_block(worker, out, first * 4, pointers, n, width, lanes);
     }
     worker.barrier();
     return out;
 }
 
 // One expert's rows in int8: gathered by token, or its own slots.
-void FeedForward::quantise_expert(const Worker& worker, long expert, const QuantRows& into, long cols, const float* rows,
+void FeedForward::quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows,
                                   long stride, bool by_token) const {
     const long count = offset[expert + 1] - offset[expert];
     const float* pointers[4];
@@ -215,18 +208,16 @@ void FeedForward::quantise_expert(const Worker& worker, long expert, const Quant
             const long slot = offset[expert] + i + j;
             pointers[j] = rows + (by_token ? slot_token[slot] : slot) * stride;
         }
-        const QuantRows at = rows_from(into, quant_row[expert] + i, cols);
-        worker.ops.quantize_rows(pointers, n, cols, count == 1 ? 1 : 4, const_cast<int8_t*>(at.codes),
-                                 const_cast<float*>(at.scales), const_cast<int32_t*>(at.sums));
+        quantise_block(worker, into, quant_row[expert] + i, pointers, n, cols, count == 1 ? 1 : 4);
     }
 }
 
 // Gate and up of every used expert on its tokens; returns the hidden rows in int8 for the down projection.
-QuantRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
+WideRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
     const long cols = x.cols, width = expert_gate.rows, tokens = worker.step.tokens, count_used = long(used.size());
     const bool quantised = expert_gate.quantised(), one = tokens == 1;
     float* rows = hidden.array<float>(0);
-    const QuantRows in = quantised && !one ? gathered.reserve(quant_row[experts], cols) : QuantRows{};
+    const WideRows in = quantised && !one ? gathered.reserve(quant_row[experts], cols, wide_experts) : WideRows{};
     long first, last;
     if (quantised && !one) {
         while (worker.next(3, count_used, 1, first, last))
@@ -238,9 +229,9 @@ QuantRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
     while (worker.next(4, count_used * pieces, grain, first, last)) {
         for (long piece = first; piece < last; ++piece) {
             const long e = used[piece / pieces], tile = piece % pieces * kHiddenTiles, count = offset[e + 1] - offset[e];
-            Prepared part{x.rows, x.stride, x.quant, 1, count, cols};
+            Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
             if (!one && quantised) {
-                part.quant = rows_from(in, quant_row[e], cols);
+                part.quant = in.from_row(quant_row[e], cols);
                 part.lanes = count == 1 ? 1 : 4;
             } else if (!one) {  // float weights meet the rows themselves, gathered
                 float* copy = worker.engine.scratch(worker.member, 6).array<float>(count * cols);
@@ -256,11 +247,11 @@ QuantRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
     worker.barrier();
     if (!expert_down.quantised()) return {};
     if (one) {  // a few rows: every member quantises them for itself
-        const QuantRows out = worker.engine.quant(worker.member, 1).reserve(quant_row[experts], width);
+        const WideRows out = worker.engine.quant(worker.member, 1).reserve(quant_row[experts], width, wide_experts);
         for (const long e : used) quantise_expert(worker, e, out, width, rows, width, false);
         return out;
     }
-    const QuantRows out = hidden_quant.reserve(quant_row[experts], width);
+    const WideRows out = hidden_quant.reserve(quant_row[experts], width, wide_experts);
     while (worker.next(5, count_used, 1, first, last)) quantise_expert(worker, used[first], out, width, rows, width, false);
     worker.barrier();
     return out;

@@ -70,7 +70,7 @@ void HeadLinear::run(const Worker& worker) {
         Prepared prepared{rows, in_stride, {}, tokens == 1 ? 1L : 4L, tokens, cols};
         if (weights[first].quantised())
             prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), rows, in_stride, tokens, cols,
-                                           prepared.lanes);
+                                           prepared.lanes, wide);
         multiply(worker.ops, weights[first], prepared, 0, weights[first].tiles(), y + out_first + first * out_step,
                  out_stride, false);
     }
@@ -88,7 +88,8 @@ void Head::run(const Worker& worker) {
     }
     Prepared prepared{picked, cols, {}, rows == 1 ? 1L : 4L, rows, cols};
     if (weight.quantised())
-        prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), picked, cols, rows, cols, prepared.lanes);
+        prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), picked, cols, rows, cols, prepared.lanes,
+                                       input.wide);
     long first, last;
     while (worker.next(0, weight.tiles(), worker.grain(weight.tiles()), first, last))
         multiply(worker.ops, weight, prepared, first, last, worker.step.logits, weight.rows, false);

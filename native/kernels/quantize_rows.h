@@ -38,7 +38,7 @@ SHOAL_INLINE int32_t quantise_group(const float* x, int64_t n, float inverse, in
 }
 
 void quantize_rows(const float* const* x, int64_t rows, int64_t cols, int64_t lanes, int8_t* codes, float* scales,
-                   int32_t* sums) {
+                   int32_t* sums, float* rest) {
     const int64_t groups = (cols + 63) / 64 * 2;
     for (int64_t row = 0; row < (rows + lanes - 1) / lanes * lanes; ++row) {
         const int64_t lane = row % lanes;
@@ -54,6 +54,12 @@ void quantize_rows(const float* const* x, int64_t rows, int64_t cols, int64_t la
             scales[at + g * lanes + lane] = largest / 127.0f;
             sums[at + g * lanes + lane] =
                 n == 32 ? quantise_group(x_G, 32, inverse, group) : quantise_group(x_G, n, inverse, group);
+            if (rest != nullptr) {
+                const float scale = largest / 127.0f;
+                for (int64_t k = 0; k < n; ++k) {
+                    rest[row * cols + g * 32 + k] = x_G[k] - scale * static_cast<float>(group[k]);
+                }
+            }
             for (int64_t step = 0; step < 8; ++step) {
                 __builtin_memcpy(block_codes + ((g * 8 + step) * lanes + lane) * 4, group + step * 4, 4);
             }

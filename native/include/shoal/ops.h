@@ -43,9 +43,10 @@ struct Ops {
                      int64_t y_stride, int64_t rows, int64_t cols);
 
     // int8 groups of 32 columns of `rows` rows, interleaved by `lanes` (1 or 4): see QuantRows in packed.h. Columns are
-    // padded to 64 and rows to a multiple of lanes with zeros.
+    // padded to 64 and rows to a multiple of lanes with zeros. What the codes leave of x goes to rest [rows, cols] unless
+    // that is null: quantised once more it makes activations of 16 bits.
     void (*quantize_rows)(const float* const* x, int64_t rows, int64_t cols, int64_t lanes, int8_t* codes, float* scales,
-                          int32_t* sums);
+                          int32_t* sums, float* rest);
 
     // y = x W^T (or y += x W^T): `count` tiles of 16 rows of a packed q8, q4 or q4m matrix against `tokens` rows of x.
     // y [tokens, rows]; only the first `rows` of the tiles' rows are written. packing is a shoal::Packing.

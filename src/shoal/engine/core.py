@@ -42,6 +42,7 @@ class Core:
         threads: int | None = None,
         weights: str = "auto",
         cache: str = "bf16",
+        wide: bool = False,
         cache_tokens: int,
         max_running: int = 64,
         known_ids: int | None = None,
@@ -50,7 +51,7 @@ class Core:
             raise ConfigError("cache", f"{cache!r} is not one of bf16, f32")
         config = checkpoint.config
         self.threads = threads or len(os.sched_getaffinity(0))
-        plan = write_plan(checkpoint, threads=self.threads, scheme=weights)
+        plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=wide)
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(config.num_hidden_layers, plan.page_values, cache == "bf16", pages)
         self.weight_bytes = plan.weight_bytes

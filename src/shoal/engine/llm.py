@@ -48,6 +48,7 @@ class LLM:
         threads: int | None = None,
         weights: str = "auto",
         cache: str = "bf16",
+        wide: bool = False,
         cache_tokens: int | None = None,
         speculate: int = 0,
     ) -> None:
@@ -69,7 +70,7 @@ class LLM:
         self.max_context = min(self.max_context, cache_tokens)
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
         self._core = Core(
-            checkpoint, threads=threads, weights=weights, cache=cache, cache_tokens=cache_tokens,
+            checkpoint, threads=threads, weights=weights, cache=cache, wide=wide, cache_tokens=cache_tokens,
             known_ids=self.tokenizer.vocab_size,
         )  # fmt: skip
 

@@ -66,7 +66,7 @@ class _Writer:
         return self.array(name) if name in self.checkpoint.tensors else None
 
 
-def write_plan(checkpoint: Checkpoint, *, threads: int, scheme: str = "auto") -> Plan:
+def write_plan(checkpoint: Checkpoint, *, threads: int, scheme: str = "auto", wide: bool = False) -> Plan:
     """Pack the weights and write the operations of one forward pass.
 
     Args:
@@ -74,7 +74,7 @@ def write_plan(checkpoint: Checkpoint, *, threads: int, scheme: str = "auto") ->
     """
     checkpoint.check_complete()
     config = checkpoint.config
-    out = _Writer(checkpoint=checkpoint, engine=native.Engine(threads), scheme=scheme, threads=threads)
+    out = _Writer(checkpoint=checkpoint, engine=native.Engine(threads, wide, wide), scheme=scheme, threads=threads)
     hidden = out.buffer("hidden", config.hidden_size)
     cosines, sines = (out.buffer(name, config.attention.rope_dim // 2) for name in ("cosines", "sines"))
     table = out.matrix("model.embed_tokens.weight")
