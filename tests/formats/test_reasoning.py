@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.formats.reasoning import ReasoningSplitter, split_reasoning
 
-PIECES = st.sampled_from(["<think>", "</think>", "\n", " ", "a", "<", "</", "</thi", "think>", "<think", "答", "x" * 20, "\n\n"])
+PIECES = st.sampled_from(
+    ["<think>", "</think>", "\n", " ", "a", "<", "</", "</thi", "think>", "<think", "答", "x" * 20, "\n\n"]
+)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,7 @@ def test_any_chunking_gives_the_same_parts(pieces, cuts, inside):
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     splitter = ReasoningSplitter(inside)
     out = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         out += splitter.push(text[start:end])
     out += splitter.flush()
     joined = tuple("".join(piece for part, piece in out if part == kind) for kind in ("reasoning", "content"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import socket
 from typing import Any
 
@@ -258,5 +257,4 @@ def test_odd_text_comes_through(server: Running) -> None:
 
 def test_numbers_too_large_for_json_are_refused(server: Running) -> None:
     response = server.http.post(CHAT, content=b'{"messages": [], "temperature": 1' + b"0" * 400 + b"}")
-    assert error_of(response, 400)
-    assert math.isfinite(1)
+    assert error_of(response, 400)["code"] in ("invalid_json", "invalid_value")

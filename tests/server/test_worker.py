@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from tests.server.conftest import FakeLLM, Running, running, wait_for
+
+from shoal.server.errors import ApiError
+from shoal.server.worker import EngineWorker
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -142,3 +146,51 @@ def test_stopping_ends_a_running_generation() -> None:
         assert llm.finished == 0
         assert server.http.get("/health").json()["error"]["code"] == "model_stopping"
         answer.result()
+
+
+def test_a_cancelled_job_is_closed_on_the_engine_s_thread_while_others_still_hold_it() -> None:
+    closed_by: list[str] = []
+
+    def endless() -> Generator[int, None, None]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed_by.append(threading.current_thread().name)
+
+    async def use() -> None:
+        worker = EngineWorker(FakeLLM)  # type: ignore[arg-type]
+        worker.start()
+        source = endless()
+        results = worker.submit(source)
+        assert await results.next(10) == 1
+        results.cancel()
+        while not closed_by:
+            await asyncio.sleep(0.01)
+        assert source.gi_frame is None
+        worker.stop()
+        assert not worker.alive
+
+    asyncio.run(asyncio.wait_for(use(), 10))
+    assert closed_by == ["shoal-engine"]
+
+
+def test_what_a_job_raises_reaches_its_reader_and_ends_there() -> None:
+    def broken() -> Generator[int, None, None]:
+        yield 1
+        raise ValueError("no more")
+
+    async def use() -> None:
+        worker = EngineWorker(FakeLLM)  # type: ignore[arg-type]
+        worker.start()
+        results = worker.submit(broken())
+        assert await results.next() == 1
+        with pytest.raises(ValueError, match="no more"):
+            await results.next()
+        assert [item async for item in results] == []
+        assert [item async for item in worker.submit(n for n in range(3))] == [0, 1, 2]
+        worker.stop()
+        with pytest.raises(ApiError):
+            worker.submit(broken())
+
+    asyncio.run(asyncio.wait_for(use(), 10))

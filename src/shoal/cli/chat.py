@@ -100,15 +100,13 @@ def _sampling(given: dict[str, Any]) -> SamplingParams:
 
 
 def _load(model: str, **options: Any) -> LLM:
+    from rich.console import Console
+    from rich.markup import escape
+
     from shoal.engine import LLM
 
-    if not sys.stderr.isatty():
+    with Console(stderr=True).status(escape(f"loading {model}")):  # shows on a terminal, and passes
         return LLM(model, **options)
-    aside(f"loading {model} …\r")
-    try:
-        return LLM(model, **options)
-    finally:
-        aside("\033[K")  # the line was a passing notice
 
 
 class _Reply:
@@ -203,7 +201,7 @@ def _conversation(llm: LLM, messages: list[dict[str, str]], params: SamplingPara
     interrupted_at = -10.0
     while True:
         try:
-            line = input("> ").strip()
+            line = _ask().strip()
         except EOFError:
             note("")
             return
@@ -222,6 +220,14 @@ def _conversation(llm: LLM, messages: list[dict[str, str]], params: SamplingPara
             note(HELP)
         elif line:
             _turn(llm, messages, line, params, stats=stats)
+
+
+def _ask() -> str:
+    """A line from the user. Only a terminal sees the prompt: stdout may be a file."""
+    if sys.stdout.isatty():
+        return input("> ")
+    aside("> ")
+    return input()
 
 
 def _turn(llm: LLM, messages: list[dict[str, str]], line: str, params: SamplingParams, *, stats: bool) -> None:

@@ -8,7 +8,7 @@ writes is searched for control tokens, which sentinels break; the rest is encode
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -81,6 +81,7 @@ class _Pieces:
         self.heads = {token[:end] for token in tokens for end in range(1, len(token))}
         self.tails = {token[start:] for token in tokens for start in range(1, len(token))}
         self.joined = "\n\n".join(tokens)
+        self.single = [token for token in tokens if len(token) == 1]
 
     def ends_open(self, text: str) -> bool:
         return any(text[-size:] in self.heads for size in range(1, min(self.longest, len(text) + 1)))
@@ -106,19 +107,22 @@ class Guard(Strings):
         self._pieces = _PIECES[tokenizer]
         used = set(template).union(*_strings(inputs, 0))
         free = (chr(code) for code in chain(_NONCHARACTERS, _PRIVATE_USE) if chr(code) not in used)
-        self.sentinel = next(free, "")
-        if not self.sentinel:
+        # A token of one character cannot be broken; another unused character stands in for it.
+        self.sentinel, *others = [*islice(free, 1 + len(self._pieces.single))] or [""]
+        if len(others) < len(self._pieces.single) or not self.sentinel:
             raise RequestError("messages", "hold every character that could mark their text")
+        self._hide = str.maketrans(dict(zip(self._pieces.single, others, strict=True)))
+        self._show = str.maketrans({self.sentinel: None, **dict(zip(others, self._pieces.single, strict=True))})
 
     def text(self, text: str, *, keep: tuple[str, ...] = ()) -> str:
-        text = self._break(well_formed(text), keep)
+        text = self._break(well_formed(text).translate(self._hide), keep)
         if self._pieces.ends_open(text) or self._pieces.is_inside(text):
             text += self.sentinel
         return self.sentinel + text if self._pieces.starts_open(text) else text
 
     def name(self, text: str) -> str:
         """A key: templates look known ones up, so only what is no identifier is guarded at its edges."""
-        return self._break(text, ()) if text.isidentifier() else self.text(text)
+        return self._break(text.translate(self._hide), ()) if text.isidentifier() else self.text(text)
 
     def _break(self, text: str, keep: tuple[str, ...]) -> str:
         """A sentinel before, between and after the characters of each control token, so none overlapping fits."""
@@ -139,7 +143,7 @@ class Guard(Strings):
         return ids + self._plain_ids(rendered[at:], first=at == 0)
 
     def _plain_ids(self, text: str, *, first: bool) -> list[int]:
-        return self._tokenizer.encode_piece(text.replace(self.sentinel, ""), first=first)
+        return self._tokenizer.encode_piece(text.translate(self._show), first=first)
 
 
 def _strings(value: object, depth: int) -> Iterator[str]:
