@@ -46,8 +46,8 @@ Packed make_packed(int packing, long rows, long cols, Bytes memory, long count) 
     return {{Packing(packing), rows, cols, memory.data()}, count, std::move(memory)};
 }
 
-void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes out, int threads, std::optional<Floats> scales,
-          std::optional<Floats> minima, long group) {
+void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes out, int threads,
+          std::optional<Floats> scales, std::optional<Floats> minima, long group) {
     const auto kind = shoal::Source(source);
     require(shoal::can_pack(kind, Packing(packing)), "these weights do not go into that packing");
     require(out.size() == packed_bytes(packing, rows, cols), "out does not fit the matrix");
@@ -55,21 +55,36 @@ void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes ou
     const long row_bytes = long(data.shape(1));
     long expected = 0;
     switch (kind) {
-        case shoal::Source::f32: expected = 4 * cols; break;
+        case shoal::Source::f32:
+            expected = 4 * cols;
+            break;
         case shoal::Source::bf16:
-        case shoal::Source::f16: expected = 2 * cols; break;
-        case shoal::Source::q8_0: expected = cols / 32 * 34; break;
-        case shoal::Source::q4_0: expected = cols / 32 * 18; break;
-        case shoal::Source::q4_1: expected = cols / 32 * 20; break;
-        case shoal::Source::q4_k: expected = cols / 256 * 144; break;
-        case shoal::Source::codes: expected = cols; break;
+        case shoal::Source::f16:
+            expected = 2 * cols;
+            break;
+        case shoal::Source::q8_0:
+            expected = cols / 32 * 34;
+            break;
+        case shoal::Source::q4_0:
+            expected = cols / 32 * 18;
+            break;
+        case shoal::Source::q4_1:
+            expected = cols / 32 * 20;
+            break;
+        case shoal::Source::q4_k:
+            expected = cols / 256 * 144;
+            break;
+        case shoal::Source::codes:
+            expected = cols;
+            break;
     }
     require(row_bytes == expected, "rows have the wrong number of bytes");
     shoal::SourceRows from{kind, data.data(), row_bytes};
     if (kind == shoal::Source::codes) {
         const size_t groups = size_t(rows) * ((cols + group - 1) / group);
         require(group > 0 && group % 32 == 0, "a group is a multiple of 32 columns");
-        require(scales && scales->size() == groups && (!minima || minima->size() == groups), "one scale a group and row");
+        require(scales && scales->size() == groups && (!minima || minima->size() == groups),
+                "one scale a group and row");
         from.scales = scales->data();
         from.minima = minima ? minima->data() : nullptr;
         from.group = group;
@@ -90,7 +105,9 @@ class PlanEngine {
 
     int threads() const { return engine_.threads(); }
     long buffer(long cols) { return engine_.add_buffer(cols); }
-    void cache(long layers, long page_values, bool bf16, long pages) { engine_.set_cache(layers, page_values, bf16, pages); }
+    void cache(long layers, long page_values, bool bf16, long pages) {
+        engine_.set_cache(layers, page_values, bf16, pages);
+    }
     size_t cache_bytes() const { return engine_.cache_bytes(); }
 
     void embed(const Packed& table, long out) {
@@ -113,7 +130,8 @@ class PlanEngine {
                 const std::vector<std::optional<Floats>>& biases, const std::vector<long>& outs, bool add_to) {
         auto op = std::make_unique<shoal::Linear>();
         op->input = {in, hold(norm), eps, wide_};
-        require(weights.size() == biases.size() && weights.size() == outs.size() && !weights.empty(), "one output a matrix");
+        require(weights.size() == biases.size() && weights.size() == outs.size() && !weights.empty(),
+                "one output a matrix");
         for (size_t i = 0; i < weights.size(); ++i) {
             require(weights[i].matrix.cols == engine_.buffer_cols(in), "matrix and input differ in columns");
             require(weights[i].matrix.rows <= engine_.buffer_cols(outs[i]), "output is narrower than the matrix");
@@ -123,7 +141,8 @@ class PlanEngine {
         put(std::move(op), true);
     }
 
-    void head_linear(const Packed& stack, long in, long in_first, long in_step, long out, long out_first, long out_step) {
+    void head_linear(const Packed& stack, long in, long in_first, long in_step, long out, long out_first,
+                     long out_step) {
         auto op = std::make_unique<shoal::HeadLinear>();
         shoal::PackedMatrix matrix = hold(stack);
         for (long n = 0; n < stack.count; ++n, matrix.data += matrix.bytes()) op->weights.push_back(matrix);
@@ -143,8 +162,8 @@ class PlanEngine {
     }
 
     void cache_gqa(long layer, long query, long key, long value, long heads, long kv_heads, long head_dim,
-                   std::optional<Floats> query_norm, std::optional<Floats> key_norm, float eps, long cosines, long sines,
-                   bool interleave) {
+                   std::optional<Floats> query_norm, std::optional<Floats> key_norm, float eps, long cosines,
+                   long sines, bool interleave) {
         auto op = std::make_unique<shoal::CacheGqa>();
         op->layer = layer, op->query = query, op->key = key, op->value = value;
         op->heads = heads, op->kv_heads = kv_heads, op->head_dim = head_dim;
@@ -153,8 +172,9 @@ class PlanEngine {
         put(std::move(op), true);
     }
 
-    void attention(long layer, long query, long query_step, long rotary, long rotary_first, long rotary_step, long heads,
-                   long kv_heads, long key_width, long value_width, bool shared_values, float scale, long out) {
+    void attention(long layer, long query, long query_step, long rotary, long rotary_first, long rotary_step,
+                   long heads, long kv_heads, long key_width, long value_width, bool shared_values, float scale,
+                   long out) {
         auto op = std::make_unique<shoal::Attention>();
         op->layer = layer, op->query = query, op->query_step = query_step;
         op->rotary = rotary, op->rotary_first = rotary_first, op->rotary_step = rotary_step;
@@ -174,7 +194,8 @@ class PlanEngine {
         }
         op->wide_experts = wide_experts_;
         if (router) {
-            require(routed.size() == 3 && routed[0].count == router->matrix.rows, "routed holds gate, up and down stacks");
+            require(routed.size() == 3 && routed[0].count == router->matrix.rows,
+                    "routed holds gate, up and down stacks");
             op->router = hold(*router);
             op->bias = hold(bias);
             op->expert_gate = hold(routed[0]), op->expert_up = hold(routed[1]), op->expert_down = hold(routed[2]);
@@ -204,9 +225,9 @@ class PlanEngine {
         require(first_row.size() == pages.shape(0) + 1, "one row range a sequence");
         require(long(logits.shape(0)) == long(output_row.size()) && long(logits.shape(1)) == vocabulary_,
                 "logits has the wrong shape");
-        const shoal::Step step{long(token.size()),      token.data(),  position.data(),
-                               long(pages.shape(0)),    first_row.data(), pages.data(),
-                               long(pages.shape(1)),    long(output_row.size()), output_row.data(), logits.data()};
+        const shoal::Step step{long(token.size()), token.data(), position.data(),      long(pages.shape(0)),
+                               first_row.data(),   pages.data(), long(pages.shape(1)), long(output_row.size()),
+                               output_row.data(),  logits.data()};
         nb::gil_scoped_release unlocked;
         engine_.run(step);
     }
@@ -237,11 +258,12 @@ class PlanEngine {
 
 void shoal_bind_engine(nb::module_& m) {
     nb::class_<Packed>(m, "Packed")
-        .def("__init__",
-             [](Packed* self, int packing, long rows, long cols, Bytes memory, long count) {
-                 new (self) Packed(make_packed(packing, rows, cols, std::move(memory), count));
-             },
-             "packing"_a, "rows"_a, "cols"_a, "memory"_a.noconvert(), "count"_a = 1)
+        .def(
+            "__init__",
+            [](Packed* self, int packing, long rows, long cols, Bytes memory, long count) {
+                new (self) Packed(make_packed(packing, rows, cols, std::move(memory), count));
+            },
+            "packing"_a, "rows"_a, "cols"_a, "memory"_a.noconvert(), "count"_a = 1)
         .def_prop_ro("rows", [](const Packed& p) { return p.matrix.rows; })
         .def_prop_ro("cols", [](const Packed& p) { return p.matrix.cols; })
         .def_prop_ro("count", [](const Packed& p) { return p.count; })
@@ -261,14 +283,15 @@ void shoal_bind_engine(nb::module_& m) {
         .def("rope_table", &PlanEngine::rope_table, "inverse_frequency"_a, "factor"_a, "cosines"_a, "sines"_a)
         .def("linear", &PlanEngine::linear, "input"_a, "norm"_a.none(), "eps"_a, "weights"_a, "biases"_a, "outs"_a,
              "add_to"_a = false)
-        .def("head_linear", &PlanEngine::head_linear, "stack"_a, "input"_a, "in_first"_a, "in_step"_a, "out"_a, "out_first"_a,
-             "out_step"_a)
+        .def("head_linear", &PlanEngine::head_linear, "stack"_a, "input"_a, "in_first"_a, "in_step"_a, "out"_a,
+             "out_first"_a, "out_step"_a)
         .def("cache_mla", &PlanEngine::cache_mla, "layer"_a, "query"_a, "heads"_a, "nope"_a, "rope"_a, "latent"_a,
              "compressed"_a, "norm"_a, "eps"_a, "cosines"_a, "sines"_a, "interleave"_a)
         .def("cache_gqa", &PlanEngine::cache_gqa, "layer"_a, "query"_a, "key"_a, "value"_a, "heads"_a, "kv_heads"_a,
              "head_dim"_a, "query_norm"_a.none(), "key_norm"_a.none(), "eps"_a, "cosines"_a, "sines"_a, "interleave"_a)
         .def("attention", &PlanEngine::attention, "layer"_a, "query"_a, "query_step"_a, "rotary"_a, "rotary_first"_a,
-             "rotary_step"_a, "heads"_a, "kv_heads"_a, "key_width"_a, "value_width"_a, "shared_values"_a, "scale"_a, "out"_a)
+             "rotary_step"_a, "heads"_a, "kv_heads"_a, "key_width"_a, "value_width"_a, "shared_values"_a, "scale"_a,
+             "out"_a)
         .def("feed_forward", &PlanEngine::feed_forward, "input"_a, "norm"_a, "eps"_a, "dense"_a, "router"_a.none(),
              "bias"_a.none(), "routed"_a, "routing"_a)
         .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a)

@@ -36,7 +36,9 @@ QuantRows skip_rows(const QuantRows& rows, long row, long cols) {
 
 }  // namespace
 
-WideRows WideRows::from_row(long row, long cols) const { return {skip_rows(high, row, cols), skip_rows(low, row, cols)}; }
+WideRows WideRows::from_row(long row, long cols) const {
+    return {skip_rows(high, row, cols), skip_rows(low, row, cols)};
+}
 
 WideRows QuantBuffer::reserve(long rows, long cols, bool wide) {
     const size_t values = size_t(round_up(rows, 4)) * round_up(cols, kBlockCols);
@@ -67,7 +69,9 @@ long Engine::add_buffer(long cols) {
     return long(buffers_.size()) - 1;
 }
 
-float* Engine::buffer(long id, long tokens) { return buffers_[id].memory->array<float>(size_t(tokens) * buffers_[id].cols); }
+float* Engine::buffer(long id, long tokens) {
+    return buffers_[id].memory->array<float>(size_t(tokens) * buffers_[id].cols);
+}
 
 void Engine::set_cache(long layers, long page_values, bool bf16, long pages) {
     cache_layers_ = layers;
@@ -108,11 +112,12 @@ void multiply(const Ops& ops, const PackedMatrix& w, const Prepared& x, long fir
     }
     ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.high, x.tokens, x.lanes, y, y_stride, add_to);
     if (x.quant.low.codes)
-        ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.low, x.tokens, x.lanes, y, y_stride, true);
+        ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.low, x.tokens, x.lanes, y, y_stride,
+                     true);
 }
 
-void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count, long cols,
-                    long lanes) {
+void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count,
+                    long cols, long lanes) {
     auto put = [&](const QuantRows& layer, const float* const* from, float* rest) {
         const QuantRows to = skip_rows(layer, at, cols);
         worker.ops.quantize_rows(from, count, cols, lanes, const_cast<int8_t*>(to.codes), const_cast<float*>(to.scales),
@@ -156,8 +161,8 @@ Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, 
             out.rows = rows;
         }
         if (quantised)
-            out.quant = quantise_rows(worker, worker.engine.quant(worker.member), out.rows, cols, tokens, cols, out.lanes,
-                                      input.wide);
+            out.quant = quantise_rows(worker, worker.engine.quant(worker.member), out.rows, cols, tokens, cols,
+                                      out.lanes, input.wide);
         return out;
     }
     if (!input.norm && !quantised) return out;

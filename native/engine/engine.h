@@ -1,5 +1,5 @@
-// The executor: holds packed weights, activation buffers and the paged cache, and replays a plan (a list of operations that
-// Python wrote once) for the tokens of a step. One call a step; every team member walks the whole list.
+// The executor: holds packed weights, activation buffers and the paged cache, and replays a plan (a list of operations
+// that Python wrote once) for the tokens of a step. One call a step; every team member walks the whole list.
 //
 // Letters: T tokens of the step, D model, N heads, K active experts, F hidden, C latent, R rope, V value head.
 #pragma once
@@ -54,7 +54,8 @@ class Scratch {
     size_t size_ = 0;
 };
 
-// Rows in int8, and in a second layer what the first left over (wide activations, about 16 bits; else its codes are null).
+// Rows in int8, and in a second layer what the first left over (wide activations, about 16 bits; else its codes are
+// null).
 struct WideRows {
     QuantRows high{}, low{};
     WideRows from_row(long row, long cols) const;
@@ -78,7 +79,8 @@ struct Worker {
     void barrier() const;
     // The next piece of stage `stage`'s [0, total) for this member, `grain` at a time; false when none is left.
     bool next(int stage, long total, long grain, long& first, long& last) const;
-    long grain(long total, long at_least = 1) const;  // pieces small enough to balance, large enough to be worth handing out
+    long grain(long total,
+               long at_least = 1) const;  // pieces small enough to balance, large enough to be worth handing out
 };
 
 struct Operation {
@@ -138,8 +140,8 @@ class Engine {
 void multiply(const Ops& ops, const PackedMatrix& w, const Prepared& x, long first, long last, float* y, long y_stride,
               bool add_to);
 
-// Rows for a multiplication: optionally normalised, quantised if asked. Few tokens are prepared by each member for itself,
-// which saves a barrier; many are shared out and end with one.
+// Rows for a multiplication: optionally normalised, quantised if asked. Few tokens are prepared by each member for
+// itself, which saves a barrier; many are shared out and end with one.
 struct Input {
     long buffer;
     const float* norm = nullptr;  // RMSNorm weights or null
@@ -154,8 +156,8 @@ constexpr long kPrivateTokens = 2;
 void reserve_input(Engine& engine, const Step& step, SharedInput& shared, const Input& input, bool quantised);
 Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, bool quantised, int stage);
 // Quantises up to 4 rows into one interleaved block at row `at` of `into`.
-void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count, long cols,
-                    long lanes);
+void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count,
+                    long cols, long lanes);
 // Quantised form of given rows in a member's own memory.
 WideRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
                        long lanes, bool wide);

@@ -63,11 +63,11 @@ struct CacheGqa final : Operation {
     void run(const Worker& worker) override;
 };
 
-// softmax(q k^T) v over the cache. MLA: heads share one key row of C + R whose first C are the values; queries come in two
-// parts, the absorbed one [T, N, C] and the rotary one inside [T, N, H + R]. GQA: N / kv_heads queries share a key.
+// softmax(q k^T) v over the cache. MLA: heads share one key row of C + R whose first C are the values; queries come in
+// two parts, the absorbed one [T, N, C] and the rotary one inside [T, N, H + R]. GQA: N / kv_heads queries share a key.
 struct Attention final : Operation {
     long layer, query, query_step, rotary, rotary_first, rotary_step;  // rotary < 0: none
-    long heads, kv_heads, key_width, value_width;                     // key_width includes the rotary part
+    long heads, kv_heads, key_width, value_width;                      // key_width includes the rotary part
     bool shared_values;
     float scale;
     long out;
@@ -83,12 +83,13 @@ struct Attention final : Operation {
     std::vector<long> chunk_start;  // of each block, in chunks
     bool split = false;             // few blocks: their chunks are shared out
     void load_queries(const Worker& worker, const Block& block, void* packed, int32_t* last_key) const;
-    void attend_chunk(const Worker& worker, const Block& block, const void* queries, const int32_t* last_key, long chunk,
-                      float* state) const;
+    void attend_chunk(const Worker& worker, const Block& block, const void* queries, const int32_t* last_key,
+                      long chunk, float* state) const;
     void finish(const Worker& worker, const Block& block, const float* total, const float* rows) const;
 };
 
-// x += down(silu(gate(norm(x))) * up(norm(x))) for an always-used MLP (dense layer or shared experts) and routed experts.
+// x += down(silu(gate(norm(x))) * up(norm(x))) for an always-used MLP (dense layer or shared experts) and routed
+// experts.
 struct FeedForward final : Operation {
     Input input;
     bool has_dense = false;
@@ -106,13 +107,13 @@ struct FeedForward final : Operation {
     SharedInput shared;
     Scratch logits, hidden, dense_hidden;
     QuantBuffer gathered, hidden_quant, dense_quant;
-    std::vector<int32_t> chosen;   // [T, K]
-    std::vector<float> weight;     // [T, K]
+    std::vector<int32_t> chosen;  // [T, K]
+    std::vector<float> weight;    // [T, K]
     std::vector<int32_t> slot_token;
     std::vector<float> slot_weight;
-    std::vector<long> offset;      // [experts + 1] into slots
-    std::vector<long> quant_row;   // [experts + 1] into padded rows
-    std::vector<int32_t> used;     // experts with at least one token
+    std::vector<long> offset;     // [experts + 1] into slots
+    std::vector<long> quant_row;  // [experts + 1] into padded rows
+    std::vector<int32_t> used;    // experts with at least one token
     void reserve(Engine& engine, const Step& step) override;
     void run(const Worker& worker) override;
 
@@ -121,12 +122,13 @@ struct FeedForward final : Operation {
     void choose_experts(const Worker& worker);
     void group_slots(long tokens);
     WideRows run_experts(const Worker& worker, const Prepared& x);
-    void quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows, long stride,
-                         bool by_token) const;
+    void quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows,
+                         long stride, bool by_token) const;
     WideRows quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes);
     void hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x, long first,
                       long last, float* out, long stride) const;
-    void down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense, const WideRows& routed);
+    void down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense,
+                    const WideRows& routed);
 };
 
 // logits = norm(x[output rows]) W^T.

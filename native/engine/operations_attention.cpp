@@ -7,8 +7,8 @@
 namespace shoal {
 namespace {
 
-// Keys are attended to in chunks of four pages, each from a fresh state, and the chunks are merged in order. The partition
-// does not depend on threads, batch or prefill, so neither does a single bit of the result.
+// Keys are attended to in chunks of four pages, each from a fresh state, and the chunks are merged in order. The
+// partition does not depend on threads, batch or prefill, so neither does a single bit of the result.
 constexpr long kChunkPages = 4;
 constexpr long kChunk = kChunkPages * kPageTokens;
 constexpr long kLaneState = 32;  // top and total of 16 lanes, in front of the rows
@@ -155,8 +155,10 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
         const float* rest = r ? r + row * r_stride + rotary_first + head * rotary_step - own_width : nullptr;
         for (long k = 0; k < key_width; ++k) {
             const float value = (k < own_width ? own[k] : rest[k]) * scale;
-            if (bf16) static_cast<uint16_t*>(packed)[(k / 2 * 16 + lane) * 2 + k % 2] = to_bf16(value);
-            else static_cast<float*>(packed)[k * 16 + lane] = value;
+            if (bf16)
+                static_cast<uint16_t*>(packed)[(k / 2 * 16 + lane) * 2 + k % 2] = to_bf16(value);
+            else
+                static_cast<float*>(packed)[k * 16 + lane] = value;
         }
     }
 }
@@ -171,9 +173,18 @@ void Attention::attend_chunk(const Worker& worker, const Block& block, const voi
         const uint8_t* at = worker.engine.cache_page(page, layer);
         const uint8_t* k = shared_values ? at : at + block.kv_head * kPageTokens * key_width * bytes;
         const uint8_t* v = shared_values ? at : k + kv_heads * kPageTokens * key_width * bytes;
-        const AttendRun run{worker.engine.cache_bf16(), queries, int(block.lanes), k, v, key_width,
-                            shared_values ? key_width : value_width, key_width, value_width,
-                            std::min(kPageTokens, block.keys - first), first, last_key};
+        const AttendRun run{worker.engine.cache_bf16(),
+                            queries,
+                            int(block.lanes),
+                            k,
+                            v,
+                            key_width,
+                            shared_values ? key_width : value_width,
+                            key_width,
+                            value_width,
+                            std::min(kPageTokens, block.keys - first),
+                            first,
+                            last_key};
         worker.ops.attend(&run, state, state + 16, state + kLaneState);
     }
 }

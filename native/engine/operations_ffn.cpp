@@ -38,8 +38,10 @@ void FeedForward::route(const float* scores, int32_t* experts_out, float* weight
         for (long g = 0; g < groups; ++g) {
             float best = kNever, second = kNever;
             for (long e = g * size; e < (g + 1) * size; ++e) {
-                if (choice[e] > best) second = best, best = choice[e];
-                else if (choice[e] > second) second = choice[e];
+                if (choice[e] > best)
+                    second = best, best = choice[e];
+                else if (choice[e] > second)
+                    second = choice[e];
             }
             value[g] = top_two ? best + second : best;
         }
@@ -156,7 +158,8 @@ void FeedForward::run(const Worker& worker) {
         routed = run_experts(worker, x);
     }
     Prepared dense{dense_rows, dense_width, {}, one ? 1L : 4L, tokens, dense_width};
-    if (has_dense && down.quantised()) dense.quant = quantise_dense_hidden(worker, dense_rows, dense_width, dense.lanes);
+    if (has_dense && down.quantised())
+        dense.quant = quantise_dense_hidden(worker, dense_rows, dense_width, dense.lanes);
     const long tiles = (cols + kTileRows - 1) / kTileRows;
     float* out = worker.engine.buffer(input.buffer, tokens);
     while (worker.next(7, tiles, std::min(worker.grain(tiles), kMaxExpertTiles), first, last))
@@ -173,7 +176,8 @@ void FeedForward::choose_experts(const Worker& worker) {
         worker.barrier();
     }
     if (worker.member == 0) {
-        for (long t = 0; tokens <= 8 && t < tokens; ++t) route(scores + t * experts, &chosen[t * active], &weight[t * active]);
+        for (long t = 0; tokens <= 8 && t < tokens; ++t)
+            route(scores + t * experts, &chosen[t * active], &weight[t * active]);
         group_slots(tokens);
         if (trace_experts) std::memcpy(trace_experts, chosen.data(), tokens * active * sizeof(int32_t));
     }
@@ -228,7 +232,8 @@ WideRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
     const long grain = one ? 1 : std::min(pieces, kMaxExpertTiles / kHiddenTiles);
     while (worker.next(4, count_used * pieces, grain, first, last)) {
         for (long piece = first; piece < last; ++piece) {
-            const long e = used[piece / pieces], tile = piece % pieces * kHiddenTiles, count = offset[e + 1] - offset[e];
+            const long e = used[piece / pieces], tile = piece % pieces * kHiddenTiles,
+                       count = offset[e + 1] - offset[e];
             Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
             if (!one && quantised) {
                 part.quant = in.from_row(quant_row[e], cols);
@@ -252,7 +257,8 @@ WideRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
         return out;
     }
     const WideRows out = hidden_quant.reserve(quant_row[experts], width, wide_experts);
-    while (worker.next(5, count_used, 1, first, last)) quantise_expert(worker, used[first], out, width, rows, width, false);
+    while (worker.next(5, count_used, 1, first, last))
+        quantise_expert(worker, used[first], out, width, rows, width, false);
     worker.barrier();
     return out;
 }

@@ -88,8 +88,8 @@ void Head::run(const Worker& worker) {
     }
     Prepared prepared{picked, cols, {}, rows == 1 ? 1L : 4L, rows, cols};
     if (weight.quantised())
-        prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), picked, cols, rows, cols, prepared.lanes,
-                                       input.wide);
+        prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), picked, cols, rows, cols,
+                                       prepared.lanes, input.wide);
     long first, last;
     while (worker.next(0, weight.tiles(), worker.grain(weight.tiles()), first, last))
         multiply(worker.ops, weight, prepared, first, last, worker.step.logits, weight.rows, false);

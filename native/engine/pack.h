@@ -4,21 +4,21 @@
 
 namespace shoal {
 
-// How rows arrive. q8_0, q4_0, q4_1 and q4_k are GGUF's blocks; codes8 and codes4 are int8 codes with f32 scales a group
-// (any multiple of 32 columns), the form of compressed-tensors.
+// How rows arrive. q8_0, q4_0, q4_1 and q4_k are GGUF's blocks; codes8 and codes4 are int8 codes with f32 scales a
+// group (any multiple of 32 columns), the form of compressed-tensors.
 enum class Source : int32_t { f32 = 0, bf16 = 1, f16 = 2, q8_0 = 3, q4_0 = 4, q4_1 = 5, q4_k = 6, codes = 7 };
 
 struct SourceRows {
-  Source kind;
-  const uint8_t* data;  // row-major, `row_bytes` apart
-  long row_bytes;
-  const float* scales = nullptr;   // codes: [rows, cols / group]
-  const float* minima = nullptr;   // codes with zero points: added after scaling, same shape; may be null
-  long group = 32;
+    Source kind;
+    const uint8_t* data;  // row-major, `row_bytes` apart
+    long row_bytes;
+    const float* scales = nullptr;  // codes: [rows, cols / group]
+    const float* minima = nullptr;  // codes with zero points: added after scaling, same shape; may be null
+    long group = 32;
 };
 
-// True if rows of this kind can be packed so. Float sources go into every packing (and are quantised on the way); quantised
-// ones keep their codes and go into the packing of their own width.
+// True if rows of this kind can be packed so. Float sources go into every packing (and are quantised on the way);
+// quantised ones keep their codes and go into the packing of their own width.
 bool can_pack(Source source, Packing packing);
 
 // Packs rows [0, rows) into `out` (PackedMatrix::bytes() bytes), using `threads` threads.

@@ -1,9 +1,9 @@
 // Attention of up to 16 queries over one run of cached keys and values. See ops.h for shapes.
 //
-// Queries lie in the 16 lanes of a tile, so a key element is broadcast once for all of them; a value row meets all queries
-// while it is in registers. For MLA in absorbed form the values are the head of the key row itself (the latent), and the
-// cache is read twice from the nearest cache level and once from memory. Keys are walked in blocks of 64 with the running
-// maximum of online softmax (arXiv 1805.02867).
+// Queries lie in the 16 lanes of a tile, so a key element is broadcast once for all of them; a value row meets all
+// queries while it is in registers. For MLA in absorbed form the values are the head of the key row itself (the
+// latent), and the cache is read twice from the nearest cache level and once from memory. Keys are walked in blocks of
+// 64 with the running maximum of online softmax (arXiv 1805.02867).
 #pragma once
 
 #include "kernels/matmul_q.h"
@@ -68,8 +68,8 @@ SHOAL_INLINE void score_keys(const void* queries, const CacheElement<Bf16>* keys
 }
 
 // Scores of one block to weights: masks, moves the running maximum, returns each lane's rescale factor in `shrink`.
-SHOAL_INLINE void weigh(float* scores, int64_t keys, int64_t first_key, const int32_t* last_key, float* top, float* total,
-                        float* shrink) {
+SHOAL_INLINE void weigh(float* scores, int64_t keys, int64_t first_key, const int32_t* last_key, float* top,
+                        float* total, float* shrink) {
 #pragma GCC unroll 16
     for (int part = 0; part < kParts; ++part) {
         float limits[kLanes];
@@ -100,8 +100,8 @@ SHOAL_INLINE void weigh(float* scores, int64_t keys, int64_t first_key, const in
 
 // out[q][width] = out * shrink + sum over keys of weight * value, for Q queries from `first` on.
 template <bool Bf16, int Q>
-void add_values(const void* weights, int64_t keys, const CacheElement<Bf16>* values, int64_t value_stride, int64_t width,
-                int first, const float* shrink, float* out) {
+void add_values(const void* weights, int64_t keys, const CacheElement<Bf16>* values, int64_t value_stride,
+                int64_t width, int first, const float* shrink, float* out) {
     for (int64_t c = 0; c < width; c += kLanes) {
         const int n = width - c < kLanes ? static_cast<int>(width - c) : kLanes;
         F32 acc[Q];
@@ -136,7 +136,8 @@ void add_values(const void* weights, int64_t keys, const CacheElement<Bf16>* val
     }
 }
 
-// Weights [key][16] in f32 to pairs of neighbouring keys [key / 2][16][2] in bf16, in place; an odd last key gets a zero.
+// Weights [key][16] in f32 to pairs of neighbouring keys [key / 2][16][2] in bf16, in place; an odd last key gets a
+// zero.
 SHOAL_INLINE void pair_weights(const float* weights, int64_t keys, uint16_t* pairs) {
     for (int64_t i = 0; i < keys; i += 2) {
         alignas(64) uint16_t even[16], odd[16];

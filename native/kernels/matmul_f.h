@@ -82,10 +82,12 @@ void float_matmul(const uint8_t* tiles, int64_t count, int64_t cols, int64_t row
                   int64_t tokens, float* y, int64_t y_stride, bool add_to) {
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4) {
-        float_product<Bf16, 4>(tiles, count, cols, rows, x + t * x_stride, x_stride, y + t * y_stride, y_stride, add_to);
+        float_product<Bf16, 4>(tiles, count, cols, rows, x + t * x_stride, x_stride, y + t * y_stride, y_stride,
+                               add_to);
     }
     for (; t < tokens; ++t) {
-        float_product<Bf16, 1>(tiles, count, cols, rows, x + t * x_stride, x_stride, y + t * y_stride, y_stride, add_to);
+        float_product<Bf16, 1>(tiles, count, cols, rows, x + t * x_stride, x_stride, y + t * y_stride, y_stride,
+                               add_to);
     }
 }
 

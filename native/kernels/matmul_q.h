@@ -1,7 +1,7 @@
 // y = x W^T with W packed in q8, q4 or q4m (packed.h) and x in int8 groups. See ops.h for shapes.
 //
-// A group is 32 columns: whole-number dot products first, then one multiply-add with the product of both scales. The code
-// offsets (128 or 8) cost nothing: the whole-number sum starts at -offset * sum(x) instead of 0.
+// A group is 32 columns: whole-number dot products first, then one multiply-add with the product of both scales. The
+// code offsets (128 or 8) cost nothing: the whole-number sum starts at -offset * sum(x) instead of 0.
 #pragma once
 
 #include "shoal/packed.h"
@@ -97,7 +97,8 @@ SHOAL_INLINE void tile_product(TileProduct<P, L, NB>& out, const uint8_t* tile, 
         }
     }
     for (int64_t block = 0; block < blocks; ++block, tile += bytes) {
-        if constexpr (NB * L == 1) {  // one token: the weights come from memory, some lines ahead of the hardware's guess
+        if constexpr (NB * L ==
+                      1) {  // one token: the weights come from memory, some lines ahead of the hardware's guess
             for (int64_t line = 0; line < bytes; line += 64) {
                 __builtin_prefetch(tile + kPrefetchBytes + line);
             }

@@ -11,7 +11,8 @@
 //   dot_codes(acc, w, x4)           acc += groups of 4 products of w with the 4 int8 at x4, the same for every lane;
 //                                   w is stored_codes or nibbles; what stored_codes adds to a code is kStoredOffset
 //   iset1 load_f16                  int32 broadcast; kLanes halves
-//   Pairs load_pairs zip_rows dot_pair   2 * kLanes bf16: as stored; of two rows, element by element; acc += products with
+//   Pairs load_pairs zip_rows dot_pair   2 * kLanes bf16: as stored; of two rows, element by element; acc += products
+//   with
 //                                        the two bf16 at a pointer, the same for every lane
 //   kMaxTokenBlocks kQueryBlock kPrefetchBytes   how many accumulators the registers hold; how far to read ahead
 //

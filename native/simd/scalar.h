@@ -90,9 +90,7 @@ constexpr int kPrefetchBytes = 1024;
 constexpr int32_t kStoredOffset = 0;
 
 SHOAL_INLINE I32 iset1(int32_t x) { return x; }
-SHOAL_INLINE I8 stored_codes(const uint8_t* p) {
-    return bits<I8>(read<uint32_t>(p) ^ 0x80808080u);
-}
+SHOAL_INLINE I8 stored_codes(const uint8_t* p) { return bits<I8>(read<uint32_t>(p) ^ 0x80808080u); }
 SHOAL_INLINE I8 low_nibbles(I8 v) { return bits<I8>(bits<uint32_t>(v) & 0x0F0F0F0Fu); }
 SHOAL_INLINE I8 high_nibbles(I8 v) { return bits<I8>(bits<uint32_t>(v) >> 4 & 0x0F0F0F0Fu); }
 SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) { return dot_i8(acc, w, read<I8>(x4)); }

@@ -1,8 +1,8 @@
 """Shoal trains, reshapes, shrinks and serves DeepSeek-style language models on the hardware people already have.
 
-    import shoal
-    llm = shoal.LLM("smollm2-135m")
-    print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
+import shoal
+llm = shoal.LLM("smollm2-135m")
+print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
 """
 
 from __future__ import annotations

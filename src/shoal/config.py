@@ -72,9 +72,7 @@ class RopeScaling:
             if getattr(self, name) is not None:
                 _finite(f"rope_scaling.{name}", getattr(self, name), 0.0, 1e6)
         if self.original_max_position_embeddings is not None:
-            _whole(
-                "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, high=1 << 40
-            )
+            _whole("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings, high=1 << 40)
         elif self.rope_type != "linear":
             raise ConfigError(
                 "rope_scaling.original_max_position_embeddings", f"is required by rope_type {self.rope_type!r}"
@@ -85,7 +83,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions. `interleave`: pairs are (x0, x1), (x2, x3) … as in DeepSeek; else (x0, x_half) … as in Llama."""
+    """Rotary positions. `interleave`: pairs are (x0, x1), (x2, x3) … (DeepSeek); else (x0, x_half) … (Llama)."""
 
     rope_theta: float = 10000.0
     scaling: RopeScaling | None = None
@@ -130,7 +128,7 @@ class GQAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2 §2.1): one latent of `kv_lora_rank` and one shared rotary key a token."""
+    """Multi-head latent attention (DeepSeek-V2 §2.1): a latent of `kv_lora_rank` and one shared rotary key a token."""
 
     num_attention_heads: int
     kv_lora_rank: int
@@ -215,10 +213,10 @@ class MoEConfig:
         if self.num_experts_per_tok > self.topk_group * per_group:
             raise ConfigError(
                 "num_experts_per_tok",
-                f"{self.num_experts_per_tok} exceeds the {self.topk_group * per_group} experts of {self.topk_group} groups",
+                f"{self.num_experts_per_tok} exceeds the experts of {self.topk_group} groups of {per_group}",
             )
         if self.topk_method == "noaux_tc" and per_group < 2 and self.n_group > 1:
-            raise ConfigError("n_group", f"{self.n_group} groups of one expert: noaux_tc scores a group by its two best")
+            raise ConfigError("n_group", f"{self.n_group} groups of one expert; noaux_tc looks at a group's two best")
 
     @property
     def has_selection_bias(self) -> bool:

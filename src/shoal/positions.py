@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.config import MLAConfig, ModelConfig, RopeConfig, RopeScaling
+from shoal.config import GQAConfig, MLAConfig, RopeConfig, RopeScaling
 from shoal.errors import ConfigError
 
 Floats = NDArray[np.float32]
@@ -22,16 +22,22 @@ def frequencies(rope: RopeConfig, dim: int) -> Floats:
     Computed in float32 in the order of operations of the published implementations: at position 100 000 a frequency
     rounded differently by one bit already moves the angle by a hundredth.
     """
-    turns_P = np.float32(rope.rope_theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    turns_P: Floats = np.float32(rope.rope_theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    one = np.float32(1)
+    plain_P: Floats = one / turns_P
     scaling = rope.scaling
     if scaling is None:
-        return 1 / turns_P
+        return plain_P
+    factor = np.float32(scaling.factor)
+    out_P: Floats
     if scaling.rope_type == "linear":
-        return (1 / turns_P / np.float32(scaling.factor)).astype(np.float32)
-    if scaling.rope_type == "llama3":
-        return _llama3(1 / turns_P, scaling)
-    keep_P = 1 - _yarn_ramp(rope.rope_theta, scaling, dim)
-    return (1 / (np.float32(scaling.factor) * turns_P) * (1 - keep_P) + 1 / turns_P * keep_P).astype(np.float32)
+        out_P = plain_P / factor
+    elif scaling.rope_type == "llama3":
+        out_P = _llama3(plain_P, scaling)
+    else:
+        keep_P = one - _yarn_ramp(rope.rope_theta, scaling, dim)
+        out_P = one / (factor * turns_P) * (one - keep_P) + plain_P * keep_P
+    return out_P
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
@@ -50,18 +56,17 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def softmax_scale(config: ModelConfig) -> float:
-    """What scores are multiplied by: 1 / sqrt(width of a key), times mscale² where an MLA model's positions are stretched.
+def softmax_scale(attention: GQAConfig | MLAConfig, rope: RopeConfig) -> float:
+    """What scores are multiplied by: 1 / sqrt(width of a key), times mscale² where MLA's positions are stretched.
 
     The trap: YaRN scales q and k by mscale each. DeepSeek's `mscale_all_dim` extends that to the unrotated dimensions,
     which no cosine touches, so it enters here, squared; the cosines get only mscale / mscale_all_dim.
     """
-    if not isinstance(config.attention, MLAConfig):
-        return float(config.attention.head_dim**-0.5)
-    scale = float(config.attention.qk_head_dim**-0.5)
-    scaling = config.rope.scaling
-    if scaling is not None and scaling.mscale_all_dim:
-        scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    if isinstance(attention, GQAConfig):
+        return float(attention.head_dim**-0.5)
+    scale = float(attention.qk_head_dim**-0.5)
+    if rope.scaling is not None and rope.scaling.mscale_all_dim:
+        scale *= yarn_mscale(rope.scaling.factor, rope.scaling.mscale_all_dim) ** 2
     return scale
 
 
@@ -72,10 +77,11 @@ def _original_length(scaling: RopeScaling) -> int:
 
 def _llama3(freqs_P: Floats, scaling: RopeScaling) -> Floats:
     """Divide pairs that turn fewer than `low_freq_factor` times within the trained length, keep those above `high`."""
-    num_turns_P = _original_length(scaling) * freqs_P / np.float32(2 * math.pi)
-    keep_P = (num_turns_P - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep_P = np.clip(keep_P, 0, 1).astype(np.float32)
-    return ((1 - keep_P) * freqs_P / np.float32(scaling.factor) + keep_P * freqs_P).astype(np.float32)
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    num_turns_P = np.float32(_original_length(scaling)) * freqs_P / np.float32(2 * math.pi)
+    keep_P: Floats = np.clip((num_turns_P - low) / (high - low), np.float32(0), np.float32(1))
+    blended_P: Floats = (np.float32(1) - keep_P) * freqs_P / np.float32(scaling.factor) + keep_P * freqs_P
+    return blended_P
 
 
 def _yarn_ramp(theta: float, scaling: RopeScaling, dim: int) -> Floats:
@@ -92,4 +98,5 @@ def _yarn_ramp(theta: float, scaling: RopeScaling, dim: int) -> Floats:
     if low == high:
         high += 0.001  # a step rather than a division by zero
     pairs_P = np.arange(dim // 2, dtype=np.float32)
-    return np.clip((pairs_P - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    ramp_P: Floats = (pairs_P - np.float32(low)) / np.float32(high - low)
+    return np.clip(ramp_P, np.float32(0), np.float32(1))

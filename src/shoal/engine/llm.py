@@ -32,6 +32,7 @@ class LLM:
         max_context: most tokens of prompt and answer together; the model's own limit if None or larger.
         threads: CPU threads; every processor that this process may use if None.
         weights: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack the large matrices.
+        activations: `int8` or `int16` where they meet quantised weights; `auto` chooses by the kind of model.
         cache: `bf16` or `f32`, the precision of the attention cache.
         cache_tokens: tokens that the cache holds over all running requests; at least one whole context.
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
@@ -48,7 +49,7 @@ class LLM:
         threads: int | None = None,
         weights: str = "auto",
         cache: str = "bf16",
-        wide: bool = False,
+        activations: str = "auto",
         cache_tokens: int | None = None,
         speculate: int = 0,
     ) -> None:
@@ -57,7 +58,11 @@ class LLM:
                 raise RequestError(name, f"must be at least 1, got {value}")
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_resolve(model))
         self.path = checkpoint.path
-        self.name = model if isinstance(model, str) and not Path(model).exists() else checkpoint.path.stem
+        self.name = (
+            model
+            if isinstance(model, str) and not Path(model).exists()
+            else (checkpoint.path.name if checkpoint.path.is_dir() else checkpoint.path.stem)
+        )
         self.config = checkpoint.config
         self.tokenizer = checkpoint.load_tokenizer()
         self.chat_format = checkpoint.load_chat()
@@ -70,8 +75,8 @@ class LLM:
         self.max_context = min(self.max_context, cache_tokens)
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
         self._core = Core(
-            checkpoint, threads=threads, weights=weights, cache=cache, wide=wide, cache_tokens=cache_tokens,
-            known_ids=self.tokenizer.vocab_size,
+            checkpoint, threads=threads, weights=weights, activations=activations, cache=cache,
+            cache_tokens=cache_tokens, known_ids=self.tokenizer.vocab_size,
         )  # fmt: skip
 
     # ---- whole answers
@@ -93,9 +98,7 @@ class LLM:
 
     # ---- streams
 
-    def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> Generator[Chunk, None, None]:
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
         """As `generate`, piece by piece. Arguments are checked at once; closing the generator ends the work."""
         ids = self._prompt_ids(prompt)
         params = params or SamplingParams()
@@ -138,7 +141,9 @@ class LLM:
         """Float32 [T, V]: row t scores the token that follows tokens[: t + 1]."""
         ids = self._check_ids(tokens)
         if len(ids) > self.max_context:
-            raise RequestError("tokens", f"{len(ids)} exceed the context of {self.max_context}", code="context_length_exceeded")
+            raise RequestError(
+                "tokens", f"{len(ids)} exceed the context of {self.max_context}", code="context_length_exceeded"
+            )
         return self._core.score(ids)
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -214,6 +219,10 @@ def _resolve(model: str | Path) -> Path:
     return hub.resolve(model)
 
 
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
 def _collect(chunks: Generator[Chunk, None, None]) -> Completion:
     text: list[str] = []
     token_ids: list[int] = []
@@ -223,7 +232,8 @@ def _collect(chunks: Generator[Chunk, None, None]) -> Completion:
         text.append(last.text)
         token_ids.extend(last.token_ids)
         logprobs.extend(last.logprobs)
-    assert last.finish_reason is not None and last.stats is not None
+    assert last.finish_reason is not None
+    assert last.stats is not None
     return Completion(
         text="".join(text),
         token_ids=tuple(token_ids),

@@ -35,8 +35,8 @@ def packing_for(tensor: LazyTensor, scheme: str) -> str:
 
 
 def pack_tensor(tensor: LazyTensor, packing: str, threads: int = 1) -> native.Packed:
-    """Pack a matrix [rows, cols], or a stack [count, rows, cols] one matrix at a time, so that beside the result there is
-    never more than one matrix in memory."""
+    """Pack a matrix [rows, cols], or a stack [count, rows, cols] one matrix at a time, so that beside the result there
+    is never more than one matrix in memory."""
     *stack, rows, cols = tensor.shape
     count = int(np.prod(stack)) if stack else 1
     size = native.packed_bytes(PACKINGS[packing], rows, cols)
@@ -60,9 +60,7 @@ def pack_array(array: NDArray[np.float32], packing: str, threads: int = 1) -> na
     return native.Packed(PACKINGS[packing], rows, cols, memory, count)
 
 
-def _matrices(
-    tensor: LazyTensor, packing: str, count: int, rows: int
-) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+def _matrices(tensor: LazyTensor, packing: str, count: int, rows: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """(source kind, bytes [rows, row bytes]) of every matrix of the stack."""
     same_codes = tensor.raw_blocks is not None and OWN_PACKING.get(tensor.dtype) == packing
     if same_codes and tensor.raw_blocks is not None and tensor.dtype in _SOURCES:
@@ -78,8 +76,7 @@ def _matrices(
 def _row_chunks(tensor: LazyTensor, count: int, rows: int) -> Iterator[NDArray[np.generic]]:
     if count > 1:
         for chunk in tensor.chunks():
-            for matrix in chunk.reshape(-1, rows, tensor.shape[-1]):
-                yield matrix
+            yield from chunk.reshape(-1, rows, tensor.shape[-1])
         return
     chunks = list(tensor.chunks())
     whole = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)

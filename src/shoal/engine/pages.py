@@ -52,8 +52,8 @@ class PagePool:
             self._free.append(page)
 
     def share(self, tokens: Sequence[int]) -> tuple[list[int], PrefixKey | None]:
-        """Pages that already hold the longest prefix of `tokens` (whole pages, at least one token left over), now in use
-        by the caller too, and the key of the last one."""
+        """Pages that already hold the longest prefix of `tokens` (whole pages, at least one token left over), now in
+        use by the caller too, and the key of the last one."""
         pages: list[int] = []
         key: PrefixKey | None = None
         for start in range(0, (len(tokens) - 1) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):

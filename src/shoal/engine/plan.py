@@ -1,7 +1,7 @@
 """The forward pass written down once: a list of operations over buffers, which the native executor replays.
 
-An MLA layer runs in absorbed form over the latent cache (DeepSeek-V2 §2.1.2): queries are carried into the latent space by
-W_k^b, scores and weighted sums are taken over the cached latents, and W_v^b brings the result back per head.
+An MLA layer runs in absorbed form over the latent cache (DeepSeek-V2 §2.1.2): W_k^b carries queries into the latent
+space, scores and weighted sums are taken over the cached latents, and W_v^b brings the result back per head.
 
 Letters: T tokens of a step, D model, N heads, H nope, R rope, C latent, V value head, F hidden, E experts.
 """
@@ -60,7 +60,7 @@ class _Writer:
         return packed
 
     def array(self, name: str) -> NDArray[np.float32]:
-        return np.ascontiguousarray(self.checkpoint.tensors[name].read(np.float32))
+        return np.ascontiguousarray(self.checkpoint.tensors[name].read(), np.float32)
 
     def vector(self, name: str) -> NDArray[np.float32] | None:
         return self.array(name) if name in self.checkpoint.tensors else None
@@ -110,9 +110,7 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
         biases = [out.vector(f"{prefix}q_a_proj.bias"), down_bias]
         out.engine.linear(hidden, norm, config.rms_norm_eps, weights, biases, [low, compressed])
         low_norm = out.array(f"{prefix}q_a_layernorm.weight")
-        out.engine.linear(
-            low, low_norm, LATENT_NORM_EPS, [out.matrix(f"{prefix}q_b_proj.weight")], [None], [query]
-        )
+        out.engine.linear(low, low_norm, LATENT_NORM_EPS, [out.matrix(f"{prefix}q_b_proj.weight")], [None], [query])
     out.engine.cache_mla(
         layer, query, heads, nope, rope, latent, compressed, out.array(f"{prefix}kv_a_layernorm.weight"),
         LATENT_NORM_EPS, out.buffers["cosines"], out.buffers["sines"], config.rope.interleave,
@@ -123,17 +121,17 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
     out.engine.head_linear(up_keys, query, 0, mla.qk_head_dim, in_latent, 0, latent)
     out.engine.attention(
         layer, in_latent, latent, query, nope, mla.qk_head_dim, heads, 1, latent + rope, latent, True,
-        positions.softmax_scale(config), weighted,
+        positions.softmax_scale(config.attention, config.rope), weighted,
     )  # fmt: skip
     out.engine.head_linear(up_values, weighted, 0, latent, values, 0, mla.v_head_dim)
     _write_output(out, values, prefix)
 
 
 def _absorbed(out: _Writer, mla: MLAConfig, name: str) -> tuple[native.Packed, native.Packed]:
-    """W_k^b transposed [N, C, H] and W_v^b [N, V, C] from kv_b_proj, whose rows are per head H of keys, then V of values."""
+    """W_k^b transposed [N, C, H] and W_v^b [N, V, C] from kv_b_proj: per head H rows of keys, then V of values."""
     tensor = out.checkpoint.tensors[name]
     per_head = mla.qk_nope_head_dim + mla.v_head_dim
-    both = np.asarray(tensor.read(np.float32)).reshape(mla.num_attention_heads, per_head, mla.kv_lora_rank)
+    both = out.array(name).reshape(mla.num_attention_heads, per_head, mla.kv_lora_rank)
     packing = packing_for(tensor, out.scheme)
     keys = pack_array(both[:, : mla.qk_nope_head_dim].transpose(0, 2, 1), packing, out.threads)
     values = pack_array(both[:, mla.qk_nope_head_dim :], packing, out.threads)
@@ -158,7 +156,19 @@ def _write_gqa(out: _Writer, gqa: GQAConfig, layer: int) -> None:
         out.buffers["cosines"], out.buffers["sines"], config.rope.interleave,
     )  # fmt: skip
     out.engine.attention(
-        layer, query, width, -1, 0, 0, heads, kv_heads, width, width, False, positions.softmax_scale(config), attended
+        layer,
+        query,
+        width,
+        -1,
+        0,
+        0,
+        heads,
+        kv_heads,
+        width,
+        width,
+        False,
+        positions.softmax_scale(config.attention, config.rope),
+        attended,
     )
     _write_output(out, attended, prefix)
 
@@ -178,7 +188,9 @@ def _write_feed_forward(out: _Writer, layer: int) -> None:
         return
     moe = config.moe
     assert moe is not None
-    shared = [out.matrix(f"{prefix}shared_experts.{part}.weight") for part in EXPERT_PARTS] if moe.n_shared_experts else []
+    shared = (
+        [out.matrix(f"{prefix}shared_experts.{part}.weight") for part in EXPERT_PARTS] if moe.n_shared_experts else []
+    )
     router = pack_array(out.array(f"{prefix}gate.weight"), "f32")
     routing = {
         "num_experts_per_tok": moe.num_experts_per_tok,

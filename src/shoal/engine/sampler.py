@@ -67,14 +67,15 @@ _NEAR = -15.0
 
 
 def cut(logits_V: Floats, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Token ids that survive temperature, top-k, top-p and min-p with their weights (not normalised). Likeliest first where
-    a cut needs the order, by id otherwise; either way the same logits give the same arrays."""
+    """Token ids that survive temperature, top-k, top-p and min-p with their weights (not normalised).
+
+    Likeliest first where a cut needs the order, by id otherwise; the same logits always give the same arrays."""
     if 0 < params.top_k < logits_V.size:
         ids = _best(logits_V, params.top_k)
     else:
         ids = np.flatnonzero(logits_V > -np.inf)
-    scaled = logits_V[ids].astype(np.float64)
-    scaled = (scaled - scaled.max()) / params.temperature
+    wide = logits_V[ids].astype(np.float64)
+    scaled: NDArray[np.float64] = (wide - wide.max()) / params.temperature
     probs = np.exp(scaled)
     if params.top_p < 1.0:
         ids, probs = _nucleus(ids, scaled, probs, params.top_p)
@@ -110,7 +111,8 @@ def _nucleus(
 def log_softmax(logits_V: Floats) -> NDArray[np.float64]:
     """Natural-log probabilities, float64 [V]."""
     shifted = logits_V.astype(np.float64) - float(logits_V.max())
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+    out: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return out
 
 
 def likeliest(logprobs_V: NDArray[np.float64], count: int) -> list[int]:

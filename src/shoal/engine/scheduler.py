@@ -1,7 +1,7 @@
 """Which tokens run in the next step: every decoding sequence, then pieces of waiting prompts (chunked prefill).
 
-First come, first served. When the cache is full the youngest running sequence gives its pages back and waits; its tokens
-are kept, so it continues later as if nothing had happened.
+First come, first served. When the cache is full the youngest running sequence gives its pages back and waits; its
+tokens are kept, so it continues later as if nothing had happened.
 """
 
 from __future__ import annotations

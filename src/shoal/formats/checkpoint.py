@@ -1,7 +1,8 @@
-"""A model on disk, whatever its format: configuration, lazily read tensors under Shoal's names, tokenizer, chat format."""
+"""A model on disk in any format: configuration, lazily read tensors under Shoal's names, tokenizer, chat format."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,10 +55,9 @@ class LazyTensor:
             return first.astype(dtype, copy=False)
         out = np.empty(self.shape, dtype)
         start = 0
-        while first is not None:
-            out[start : start + len(first)] = first
-            start += len(first)
-            first = next(chunks, None)  # type: ignore[arg-type]
+        for chunk in itertools.chain([first], chunks):
+            out[start : start + len(chunk)] = chunk
+            start += len(chunk)
         assert start == self.shape[0], f"{self.name}: chunks hold {start} of {self.shape[0]} rows"
         return out
 
@@ -90,9 +90,8 @@ class Checkpoint:
             if tensor is None:
                 raise FileError(self.path, "is missing; the configuration asks for it", item=name)
             if tensor.shape != shape:
-                raise FileError(
-                    tensor.source, f"has shape {list(tensor.shape)}, the configuration asks for {list(shape)}", item=name
-                )
+                problem = f"has shape {list(tensor.shape)}, the configuration asks for {list(shape)}"
+                raise FileError(tensor.source, problem, item=name)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -18,7 +18,7 @@ EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
-    """Every tensor of the model in the order of the forward pass, MTP layers last. Norms, biases and router included."""
+    """Every tensor of the model in the order of the forward pass, MTP layers last; norms, biases, router included."""
     out: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_hidden_layers):
         out.update(_layer_tensors(config, f"model.layers.{layer}.", moe=config.is_moe_layer(layer)))

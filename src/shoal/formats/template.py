@@ -178,7 +178,7 @@ class _Meter(jinja2.visitor.NodeTransformer):
             return node
         return _method("weigh_literal", [node], node.lineno)
 
-    visit_Dict = visit_List  # noqa: N815
+    visit_Dict = visit_List
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         if node.ctx != "load":
