@@ -101,5 +101,44 @@ SHOAL_INLINE int32_t isum(I32 v) {
 }
 SHOAL_INLINE F32 to_f32(I32 v) { return _mm256_cvtepi32_ps(v); }
 
+constexpr int kMaxTokenBlocks = 1;
+constexpr int kQueryBlock = 8;
+constexpr int kPrefetchBytes = 2048;
+constexpr int32_t kStoredOffset = 0;
+
+SHOAL_INLINE I32 iset1(int32_t x) { return _mm256_set1_epi32(x); }
+SHOAL_INLINE I8 stored_codes(const uint8_t* p) {
+    return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi8(-128));
+}
+SHOAL_INLINE I8 low_nibbles(I8 v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+SHOAL_INLINE I8 high_nibbles(I8 v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
+SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) {
+    int32_t four;
+    __builtin_memcpy(&four, x4, 4);
+    return dot_i8(acc, w, _mm256_set1_epi32(four));
+}
+SHOAL_INLINE F32 load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// bf16 products without an instruction for them: the two halves of every pair as f32, two multiply-adds.
+struct Pairs {
+    F32 even, odd;
+};
+SHOAL_INLINE F32 dot_pair(F32 acc, const Pairs& w, const uint16_t* pair) {
+    const uint32_t low = static_cast<uint32_t>(pair[0]) << 16, high = static_cast<uint32_t>(pair[1]) << 16;
+    acc = fma(w.even, set1(__builtin_bit_cast(float, low)), acc);
+    return fma(w.odd, set1(__builtin_bit_cast(float, high)), acc);
+}
+SHOAL_INLINE Pairs zip_rows(const uint16_t* a, const uint16_t* b, int n) {
+    return n == kLanes ? Pairs{load_bf16(a), load_bf16(b)} : Pairs{load_bf16_n(a, n), load_bf16_n(b, n)};
+}
+
+SHOAL_INLINE Pairs load_pairs(const uint16_t* p) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(odd)};
+}
+
 }  // namespace
 }  // namespace shoal::avx2

@@ -73,5 +73,36 @@ SHOAL_INLINE I32 dot_i8(I32 acc, I8 a, I8 b) {
 SHOAL_INLINE int32_t isum(I32 v) { return _mm512_reduce_add_epi32(v); }
 SHOAL_INLINE F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }
 
+constexpr int kMaxTokenBlocks = 3;
+constexpr int kQueryBlock = 16;
+constexpr int kPrefetchBytes = 2048;
+constexpr int32_t kStoredOffset = 128;  // VPDPBUSD takes the stored bytes as they are
+
+SHOAL_INLINE I32 iset1(int32_t x) { return _mm512_set1_epi32(x); }
+SHOAL_INLINE I8 stored_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+SHOAL_INLINE I8 low_nibbles(I8 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+SHOAL_INLINE I8 high_nibbles(I8 v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) {
+    int32_t four;
+    __builtin_memcpy(&four, x4, 4);
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+}
+SHOAL_INLINE F32 load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+using Pairs = __m512bh;
+SHOAL_INLINE Pairs load_pairs(const uint16_t* p) { return reinterpret_cast<Pairs>(_mm512_loadu_si512(p)); }
+SHOAL_INLINE Pairs zip_rows(const uint16_t* a, const uint16_t* b, int n) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), a));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), b));
+    return reinterpret_cast<Pairs>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+SHOAL_INLINE F32 dot_pair(F32 acc, Pairs w, const uint16_t* pair) {
+    int32_t two;
+    __builtin_memcpy(&two, pair, 4);
+    return _mm512_dpbf16_ps(acc, w, reinterpret_cast<Pairs>(_mm512_set1_epi32(two)));
+}
+
 }  // namespace
 }  // namespace shoal::avx512

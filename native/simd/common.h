@@ -7,6 +7,14 @@
 //   load_bf16 load_bf16_n store_bf16 store_bf16_n f16_to_f32                 16-bit formats, round to nearest even
 //   dot_bf16(acc, a, b)                                                      acc += products of 2 * kLanes bf16
 //   load_i8 dot_i8(acc, a, b) izero isum to_f32                              acc += groups of 4 products
+//   I8 of unsigned bytes: stored_codes (q8 codes as dot_codes wants them) low_nibbles high_nibbles
+//   dot_codes(acc, w, x4)           acc += groups of 4 products of w with the 4 int8 at x4, the same for every lane;
+//                                   w is stored_codes or nibbles; what stored_codes adds to a code is kStoredOffset
+//   iset1 load_f16                  int32 broadcast; kLanes halves
+//   Pairs load_pairs zip_rows dot_pair   2 * kLanes bf16: as stored; of two rows, element by element; acc += products
+//   with
+//                                        the two bf16 at a pointer, the same for every lane
+//   kMaxTokenBlocks kQueryBlock kPrefetchBytes   how many accumulators the registers hold; how far to read ahead
 //
 // The _n forms touch the first n elements of memory (0 < n <= kLanes) and read the rest as zero. max(a, b) is
 // a > b ? a : b, so that a NaN in a is dropped and one in b is kept. dot_i8 needs b in [-127, 127]; a may be anything.

@@ -81,5 +81,39 @@ SHOAL_INLINE I32 dot_i8(I32 acc, I8 a, I8 b) { return vdotq_s32(acc, a, b); }
 SHOAL_INLINE int32_t isum(I32 v) { return vaddvq_s32(v); }
 SHOAL_INLINE F32 to_f32(I32 v) { return vcvtq_f32_s32(v); }
 
+constexpr int kMaxTokenBlocks = 1;
+constexpr int kQueryBlock = 16;
+constexpr int kPrefetchBytes = 1024;
+constexpr int32_t kStoredOffset = 0;
+
+SHOAL_INLINE I32 iset1(int32_t x) { return vdupq_n_s32(x); }
+SHOAL_INLINE I8 stored_codes(const uint8_t* p) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128))); }
+SHOAL_INLINE I8 low_nibbles(I8 v) { return vandq_s8(v, vdupq_n_s8(15)); }
+SHOAL_INLINE I8 high_nibbles(I8 v) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4)); }
+SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) {
+    int32_t four;
+    __builtin_memcpy(&four, x4, 4);
+    return vdotq_s32(acc, w, vreinterpretq_s8_s32(vdupq_n_s32(four)));
+}
+SHOAL_INLINE F32 load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+
+// bf16 products without an instruction for them: the two halves of every pair as f32, two multiply-adds.
+struct Pairs {
+    F32 even, odd;
+};
+SHOAL_INLINE F32 dot_pair(F32 acc, const Pairs& w, const uint16_t* pair) {
+    const uint32_t low = static_cast<uint32_t>(pair[0]) << 16, high = static_cast<uint32_t>(pair[1]) << 16;
+    acc = fma(w.even, set1(__builtin_bit_cast(float, low)), acc);
+    return fma(w.odd, set1(__builtin_bit_cast(float, high)), acc);
+}
+SHOAL_INLINE Pairs zip_rows(const uint16_t* a, const uint16_t* b, int n) {
+    return n == kLanes ? Pairs{load_bf16(a), load_bf16(b)} : Pairs{load_bf16_n(a, n), load_bf16_n(b, n)};
+}
+
+SHOAL_INLINE Pairs load_pairs(const uint16_t* p) {
+    const uint16x4x2_t both = vld2_u16(p);
+    return {widen_bf16(both.val[0]), widen_bf16(both.val[1])};
+}
+
 }  // namespace
 }  // namespace shoal::neon

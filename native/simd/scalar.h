@@ -84,5 +84,32 @@ SHOAL_INLINE I32 dot_i8(I32 acc, I8 a, I8 b) {
 SHOAL_INLINE int32_t isum(I32 v) { return v; }
 SHOAL_INLINE F32 to_f32(I32 v) { return static_cast<float>(v); }
 
+constexpr int kMaxTokenBlocks = 1;
+constexpr int kQueryBlock = 8;
+constexpr int kPrefetchBytes = 1024;
+constexpr int32_t kStoredOffset = 0;
+
+SHOAL_INLINE I32 iset1(int32_t x) { return x; }
+SHOAL_INLINE I8 stored_codes(const uint8_t* p) { return bits<I8>(read<uint32_t>(p) ^ 0x80808080u); }
+SHOAL_INLINE I8 low_nibbles(I8 v) { return bits<I8>(bits<uint32_t>(v) & 0x0F0F0F0Fu); }
+SHOAL_INLINE I8 high_nibbles(I8 v) { return bits<I8>(bits<uint32_t>(v) >> 4 & 0x0F0F0F0Fu); }
+SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) { return dot_i8(acc, w, read<I8>(x4)); }
+SHOAL_INLINE F32 load_f16(const uint16_t* p) { return f16_to_f32(read<uint16_t>(p)); }
+
+// bf16 products without an instruction for them: the two halves of every pair as f32, two multiply-adds.
+struct Pairs {
+    F32 even, odd;
+};
+SHOAL_INLINE F32 dot_pair(F32 acc, const Pairs& w, const uint16_t* pair) {
+    const uint32_t low = static_cast<uint32_t>(pair[0]) << 16, high = static_cast<uint32_t>(pair[1]) << 16;
+    acc = fma(w.even, set1(__builtin_bit_cast(float, low)), acc);
+    return fma(w.odd, set1(__builtin_bit_cast(float, high)), acc);
+}
+SHOAL_INLINE Pairs zip_rows(const uint16_t* a, const uint16_t* b, int n) {
+    return n == kLanes ? Pairs{load_bf16(a), load_bf16(b)} : Pairs{load_bf16_n(a, n), load_bf16_n(b, n)};
+}
+
+SHOAL_INLINE Pairs load_pairs(const uint16_t* p) { return {load_bf16(p), load_bf16(p + 1)}; }
+
 }  // namespace
 }  // namespace shoal::scalar

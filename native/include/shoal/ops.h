@@ -11,7 +11,21 @@
 
 #include <cstdint>
 
+#include "shoal/packed.h"
+
 namespace shoal {
+
+// One block of at most 64 cached tokens as seen by at most 16 queries.
+struct AttendRun {
+    bool bf16;            // the cache and `queries` hold bf16, else f32
+    const void* queries;  // scaled; f32 [key_width][16], or bf16 [key_width / 2][16][2]
+    int num_queries;
+    const void* keys;    // [num_keys, key_width]
+    const void* values;  // [num_keys, value_width]; may be the head of the keys
+    int64_t key_stride, value_stride, key_width, value_width;
+    int64_t num_keys, first_key;  // position of the first key
+    const int32_t* last_key;      // [16]: the last position that a query sees, -1 for an unused lane
+};
 
 struct Ops {
     const char* isa;
@@ -27,6 +41,25 @@ struct Ops {
     // y = gate / (1 + exp(-gate)) * up. gate, up, y [rows, cols].
     void (*silu_mul)(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, float* y,
                      int64_t y_stride, int64_t rows, int64_t cols);
+
+    // int8 groups of 32 columns of `rows` rows, interleaved by `lanes` (1 or 4): see QuantRows in packed.h. Columns are
+    // padded to 64 and rows to a multiple of lanes with zeros. What the codes leave of x goes to rest [rows, cols]
+    // unless that is null: quantised once more it makes activations of 16 bits.
+    void (*quantize_rows)(const float* const* x, int64_t rows, int64_t cols, int64_t lanes, int8_t* codes,
+                          float* scales, int32_t* sums, float* rest);
+
+    // y = x W^T (or y += x W^T): `count` tiles of 16 rows of a packed q8, q4 or q4m matrix against `tokens` rows of x.
+    // y [tokens, rows]; only the first `rows` of the tiles' rows are written. packing is a shoal::Packing.
+    void (*matmul_q)(int32_t packing, const uint8_t* tiles, int64_t count, int64_t cols, int64_t rows,
+                     const QuantRows* x, int64_t tokens, int64_t lanes, float* y, int64_t y_stride, bool add_to);
+
+    // As matmul_q for W packed in f32 or bf16 and x in f32.
+    void (*matmul_f)(int32_t packing, const uint8_t* tiles, int64_t count, int64_t cols, int64_t rows, const float* x,
+                     int64_t x_stride, int64_t tokens, float* y, int64_t y_stride, bool add_to);
+
+    // Folds one block of keys into a running softmax: top, total [16] and out [num_queries, value_width], which start
+    // at -1e30, 0 and 0. The result is out / total.
+    void (*attend)(const AttendRun* run, float* top, float* total, float* out);
 };
 
 }  // namespace shoal

@@ -10,45 +10,74 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.engine.core import Core
 from shoal.engine.outputs import Chunk, Completion, Stats, TokenLogprob
 from shoal.engine.params import SamplingParams
-from shoal.engine.sampler import Sampler, likeliest, log_softmax
+from shoal.engine.sampler import Sampler
+from shoal.engine.sequence import Produced
+from shoal.engine.sequence import Sequence as Running
 from shoal.engine.stops import StopMatcher
-from shoal.engine.torch_backend import TorchBackend
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
 
 Message = Mapping[str, Any]
+DEFAULT_CACHE_TOKENS = 32768
 
 
 class LLM:
-    """A loaded model.
+    """A loaded model. Safe to use from several threads at once: their requests run together, step by step.
 
     Args:
         model: a short name (`shoal models`), a Hugging Face folder, a GGUF file, or an opened checkpoint.
         max_context: most tokens of prompt and answer together; the model's own limit if None or larger.
-        threads: CPU threads; the library's choice if None.
+        threads: CPU threads; every processor that this process may use if None.
+        weights: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack the large matrices.
+        activations: `int8` or `int16` where they meet quantised weights; `auto` chooses by the kind of model.
+        cache: `bf16` or `f32`, the precision of the attention cache.
+        cache_tokens: tokens that the cache holds over all running requests; at least one whole context.
+        speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
 
     Raises:
         UnknownModelError, FileError, ConfigError: the model cannot be opened, with the reason.
     """
 
     def __init__(
-        self, model: str | Path | Checkpoint, *, max_context: int | None = None, threads: int | None = None
+        self,
+        model: str | Path | Checkpoint,
+        *,
+        max_context: int | None = None,
+        threads: int | None = None,
+        weights: str = "auto",
+        cache: str = "bf16",
+        activations: str = "auto",
+        cache_tokens: int | None = None,
+        speculate: int = 0,
     ) -> None:
-        if max_context is not None and max_context < 1:
-            raise RequestError("max_context", f"must be at least 1, got {max_context}")
+        for name, value in (("max_context", max_context), ("threads", threads), ("cache_tokens", cache_tokens)):
+            if value is not None and value < 1:
+                raise RequestError(name, f"must be at least 1, got {value}")
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_resolve(model))
         self.path = checkpoint.path
-        self.name = model if isinstance(model, str) and not Path(model).exists() else checkpoint.path.stem
+        self.name = (
+            model
+            if isinstance(model, str) and not Path(model).exists()
+            else (checkpoint.path.name if checkpoint.path.is_dir() else checkpoint.path.stem)
+        )
         self.config = checkpoint.config
         self.tokenizer = checkpoint.load_tokenizer()
         self.chat_format = checkpoint.load_chat()
         self.generation = checkpoint.generation
-        limit = self.config.max_position_embeddings
-        self.max_context = limit if max_context is None else min(max_context, limit)
+        self.speculate = speculate
+        limit = self.config.max_position_embeddings if max_context is None else max_context
+        self.max_context = min(limit, self.config.max_position_embeddings)
+        if cache_tokens is None:
+            cache_tokens = max(DEFAULT_CACHE_TOKENS, self.max_context) if max_context else DEFAULT_CACHE_TOKENS
+        self.max_context = min(self.max_context, cache_tokens)
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
-        self._backend = TorchBackend(checkpoint, threads=threads)
+        self._core = Core(
+            checkpoint, threads=threads, weights=weights, activations=activations, cache=cache,
+            cache_tokens=cache_tokens, known_ids=self.tokenizer.vocab_size,
+        )  # fmt: skip
 
     # ---- whole answers
 
@@ -75,8 +104,11 @@ class LLM:
         params = params or SamplingParams()
         budget = self.max_context - len(ids)
         max_tokens = budget if params.max_tokens is None else min(params.max_tokens, budget)
-        sampler = Sampler(params, ids, self.config.vocab_size)
-        return self._run(ids, params, sampler, max_tokens)
+        running = Running(
+            tokens=ids, prompt_tokens=len(ids), params=params, sampler=Sampler(params, ids, self.config.vocab_size),
+            max_tokens=max_tokens, eos=self._eos, draft_length=self.speculate,
+        )  # fmt: skip
+        return self._run(running)
 
     def chat_stream(
         self,
@@ -108,7 +140,11 @@ class LLM:
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Float32 [T, V]: row t scores the token that follows tokens[: t + 1]."""
         ids = self._check_ids(tokens)
-        return self._backend.session(len(ids)).forward(ids, every=True)
+        if len(ids) > self.max_context:
+            raise RequestError(
+                "tokens", f"{len(ids)} exceed the context of {self.max_context}", code="context_length_exceeded"
+            )
+        return self._core.score(ids)
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -134,44 +170,42 @@ class LLM:
                 raise RequestError("prompt", f"token {token} is outside the vocabulary of {self.config.vocab_size}")
         return ids
 
-    def _run(
-        self, ids: list[int], params: SamplingParams, sampler: Sampler, max_tokens: int
-    ) -> Generator[Chunk, None, None]:
-        session = self._backend.session(len(ids) + max_tokens)
+    def _run(self, running: Running) -> Generator[Chunk, None, None]:
+        self._core.submit(running)
+        try:
+            yield from self._pieces(running)
+        finally:
+            self._core.release(running)
+
+    def _pieces(self, running: Running) -> Generator[Chunk, None, None]:
         decoder = self.tokenizer.stream()
-        stops = StopMatcher(params.stop)
-        started = time.perf_counter()
-        logits_V = session.forward(ids)[-1]
-        first_at = time.perf_counter()
+        stops = StopMatcher(running.params.stop)
         produced = 0
-        finish = "length"
-        while True:
-            logits_V = self._mask_padding(logits_V)
-            token = sampler.choose(logits_V)
-            if token in self._eos and not params.ignore_eos:
-                finish = "stop"
+        while not stops.stopped:
+            self._core.advance(running)
+            if not running.outputs:
                 break
+            out = running.outputs.popleft()
             produced += 1
-            text = stops.push(decoder.push(token))
-            yield Chunk(text=text, token_ids=(token,), logprobs=self._logprobs(params, logits_V, token))
-            if stops.stopped:
-                finish = "stop"
-                break
-            if produced == max_tokens:
-                break
-            logits_V = session.forward([token])[-1]
+            text = stops.push(decoder.push(out.token))
+            yield Chunk(text=text, token_ids=(out.token,), logprobs=self._logprobs(running.params, out))
         tail = "" if stops.stopped else stops.push(decoder.flush())
-        if stops.stopped:
-            finish = "stop"
         tail += stops.flush()
+        ended = time.perf_counter()
+        first_at = running.first_at or ended
         stats = Stats(
-            prompt_tokens=len(ids),
+            prompt_tokens=running.prompt_tokens,
+            cached_tokens=running.cached_tokens,
             completion_tokens=produced,
-            prompt_seconds=first_at - started,
-            decode_seconds=time.perf_counter() - first_at,
+            prompt_seconds=first_at - running.submitted_at,
+            decode_seconds=ended - first_at,
+            drafted=running.drafted,
+            accepted=running.accepted,
         )
+        finish = "stop" if stops.stopped or running.finish is None else running.finish
         yield Chunk(text=tail, finish_reason=finish, stats=stats)
 
+<<<<<<< HEAD
     def _mask_padding(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embedding tables are often padded past the tokenizer's last id; those rows may never be chosen."""
         known = self.tokenizer.vocab_size
@@ -181,18 +215,29 @@ class LLM:
         return logits_V
 
     def _logprobs(self, params: SamplingParams, logits_V: NDArray[np.float32], token: int) -> tuple[TokenLogprob, ...]:
+=======
+    def _logprobs(self, params: SamplingParams, out: Produced) -> tuple[TokenLogprob, ...]:
+>>>>>>> engine
         if params.logprobs is None:
             return ()
-        logprobs_V = log_softmax(logits_V)
         to_bytes = self.tokenizer.token_bytes
+<<<<<<< HEAD
         top = tuple((i, to_bytes(i), float(logprobs_V[i])) for i in likeliest(logprobs_V, params.logprobs))
         return (TokenLogprob(token_id=token, text_bytes=to_bytes(token), logprob=float(logprobs_V[token]), top=top),)
+=======
+        top = tuple((token, to_bytes(token), logprob) for token, logprob in out.top)
+        return (TokenLogprob(token_id=out.token, text_bytes=to_bytes(out.token), logprob=out.logprob, top=top),)
+>>>>>>> engine
 
 
 def _resolve(model: str | Path) -> Path:
     from shoal import hub
 
     return hub.resolve(model)
+
+
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
 
 
 def _collect(chunks: Generator[Chunk, None, None]) -> Completion:
@@ -204,7 +249,8 @@ def _collect(chunks: Generator[Chunk, None, None]) -> Completion:
         text.append(last.text)
         token_ids.extend(last.token_ids)
         logprobs.extend(last.logprobs)
-    assert last.finish_reason is not None and last.stats is not None
+    assert last.finish_reason is not None
+    assert last.stats is not None
     return Completion(
         text="".join(text),
         token_ids=tuple(token_ids),

@@ -73,7 +73,7 @@ def _check_stops(stop: tuple[str, ...]) -> None:
     if len(stop) > MAX_STOPS:
         raise RequestError("stop", f"at most {MAX_STOPS} strings, got {len(stop)}")
     for text in stop:
-        if not isinstance(text, str) or not text:
+        if not text:
             raise RequestError("stop", "must be non-empty strings")
         if len(text) > MAX_STOP_CHARS:
             raise RequestError("stop", f"at most {MAX_STOP_CHARS} characters each, got {len(text)}")

@@ -62,32 +62,62 @@ class Sampler:
         return out_V
 
 
+# Below this distance from the top a token weighs less than 4e-7 of the likeliest: a nucleus seldom reaches that far.
+_NEAR = -15.0
+
+
 def cut(logits_V: Floats, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+<<<<<<< HEAD
     """Token ids that survive temperature, top-k, top-p and min-p, likeliest first, with weights (not normalised)."""
     ids: NDArray[np.int64]
+=======
+    """Token ids that survive temperature, top-k, top-p and min-p with their weights (not normalised).
+
+    Likeliest first where a cut needs the order, by id otherwise; the same logits always give the same arrays."""
+>>>>>>> engine
     if 0 < params.top_k < logits_V.size:
-        ids = np.argpartition(logits_V, -params.top_k)[-params.top_k :]
+        ids = _best(logits_V, params.top_k)
     else:
         ids = np.flatnonzero(logits_V > -np.inf)
-    # A stable order makes a seed's draw independent of how partitioning happened to arrange ties.
-    ids = ids[np.lexsort((ids, -logits_V[ids]))]
-    scaled = logits_V[ids].astype(np.float64)
-    scaled = (scaled - scaled[0]) / params.temperature
+    wide = logits_V[ids].astype(np.float64)
+    scaled: NDArray[np.float64] = (wide - wide.max()) / params.temperature
     probs = np.exp(scaled)
     if params.top_p < 1.0:
-        before = np.cumsum(probs) - probs
-        keep = max(1, int(np.searchsorted(before, params.top_p * probs.sum(), side="left")))
-        ids, probs = ids[:keep], probs[:keep]
+        ids, probs = _nucleus(ids, scaled, probs, params.top_p)
     if params.min_p > 0.0:
-        keep = max(1, int(np.count_nonzero(probs >= params.min_p * probs[0])))
-        ids, probs = ids[:keep], probs[:keep]
+        keep = probs >= params.min_p * probs.max()
+        ids, probs = ids[keep], probs[keep]
     return ids, probs
+
+
+def _best(logits_V: Floats, count: int) -> NDArray[np.int64]:
+    """The `count` largest; where equal values straddle the boundary, the smaller ids."""
+    threshold = np.partition(logits_V, -count)[-count]
+    above = np.flatnonzero(logits_V > threshold)
+    level = np.flatnonzero(logits_V == threshold)[: count - above.size]
+    return np.concatenate((above, level))
+
+
+def _nucleus(
+    ids: NDArray[np.int64], scaled: NDArray[np.float64], probs: NDArray[np.float64], top_p: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The smallest set of likeliest tokens whose share reaches top_p."""
+    wanted = top_p * probs.sum()
+    near = scaled > _NEAR
+    if probs[near].sum() >= wanted:  # sorting the whole vocabulary would cost more than the model's step
+        ids, probs = ids[near], probs[near]
+    order = np.lexsort((ids, -probs))
+    ids, probs = ids[order], probs[order]
+    before = np.cumsum(probs) - probs
+    keep = max(1, int(np.searchsorted(before, wanted, side="left")))
+    return ids[:keep], probs[:keep]
 
 
 def log_softmax(logits_V: Floats) -> NDArray[np.float64]:
     """Natural-log probabilities, float64 [V]."""
     shifted = logits_V.astype(np.float64) - float(logits_V.max())
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+    out: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return out
 
 
 def likeliest(logprobs_V: NDArray[np.float64], count: int) -> list[int]:

@@ -24,22 +24,11 @@ from shoal.config import MLAConfig, RopeConfig
 from shoal.model.attend import attend, causal_mask
 from shoal.model.cache import LatentLayer
 from shoal.model.norm import RMSNorm
-from shoal.model.rope import RopeTable, rotate, yarn_mscale
+from shoal.model.rope import RopeTable, rotate
+from shoal.positions import softmax_scale
 
 # Every released model normalises its latents with this, whatever its rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
-
-
-def softmax_scale(mla: MLAConfig, rope: RopeConfig) -> float:
-    """1 / sqrt(H + R), times mscale² where the positions are stretched.
-
-    The trap: YaRN scales q and k by mscale each. DeepSeek's `mscale_all_dim` extends that to the unrotated dimensions,
-    which no cosine touches, so it enters here, squared; the cosines get only mscale / mscale_all_dim (`rope`).
-    """
-    scale = float(mla.qk_head_dim**-0.5)
-    if rope.scaling is not None and rope.scaling.mscale_all_dim:
-        scale *= yarn_mscale(rope.scaling.factor, rope.scaling.mscale_all_dim) ** 2
-    return scale
 
 
 class MLA(nn.Module):

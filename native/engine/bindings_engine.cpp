@@ -1,0 +1,300 @@
+// The executor's Python face: a plan is written by calling one method per operation, then `run` replays it.
+#include "engine/bindings_engine.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <utility>
+
+#include "engine/operations.h"
+#include "engine/pack.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+namespace {
+
+using shoal::Packing;
+using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
+using OutBytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using OutFloats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+using OutInts = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const char* problem) {
+    if (!condition) throw nb::value_error(problem);
+}
+
+// A packed matrix, or a stack of equal ones; shares the array's memory.
+struct Packed {
+    shoal::PackedMatrix matrix;
+    long count;
+    Bytes memory;
+};
+
+size_t packed_bytes(int packing, long rows, long cols) {
+    require(packing >= 0 && packing < shoal::kPackings && rows > 0 && cols > 0, "no such packing or an empty matrix");
+    return shoal::PackedMatrix{Packing(packing), rows, cols, nullptr}.bytes();
+}
+
+Packed make_packed(int packing, long rows, long cols, Bytes memory, long count) {
+    require(count > 0 && memory.size() == packed_bytes(packing, rows, cols) * count, "memory does not fit the matrix");
+    return {{Packing(packing), rows, cols, memory.data()}, count, std::move(memory)};
+}
+
+void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes out, int threads,
+          std::optional<Floats> scales, std::optional<Floats> minima, long group) {
+    const auto kind = shoal::Source(source);
+    require(shoal::can_pack(kind, Packing(packing)), "these weights do not go into that packing");
+    require(out.size() == packed_bytes(packing, rows, cols), "out does not fit the matrix");
+    require(data.ndim() == 2 && long(data.shape(0)) == rows, "data must hold the rows' bytes");
+    const long row_bytes = long(data.shape(1));
+    long expected = 0;
+    switch (kind) {
+        case shoal::Source::f32:
+            expected = 4 * cols;
+            break;
+        case shoal::Source::bf16:
+        case shoal::Source::f16:
+            expected = 2 * cols;
+            break;
+        case shoal::Source::q8_0:
+            expected = cols / 32 * 34;
+            break;
+        case shoal::Source::q4_0:
+            expected = cols / 32 * 18;
+            break;
+        case shoal::Source::q4_1:
+            expected = cols / 32 * 20;
+            break;
+        case shoal::Source::q4_k:
+            expected = cols / 256 * 144;
+            break;
+        case shoal::Source::codes:
+            expected = cols;
+            break;
+    }
+    require(row_bytes == expected, "rows have the wrong number of bytes");
+    shoal::SourceRows from{kind, data.data(), row_bytes};
+    if (kind == shoal::Source::codes) {
+        const size_t groups = size_t(rows) * ((cols + group - 1) / group);
+        require(group > 0 && group % 32 == 0, "a group is a multiple of 32 columns");
+        require(scales && scales->size() == groups && (!minima || minima->size() == groups),
+                "one scale a group and row");
+        from.scales = scales->data();
+        from.minima = minima ? minima->data() : nullptr;
+        from.group = group;
+    }
+    nb::gil_scoped_release unlocked;
+    shoal::pack_rows(from, rows, cols, Packing(packing), out.data(), threads);
+}
+
+void unpack(const Packed& packed, long row, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+    require(row >= 0 && row < packed.matrix.rows && long(out.size()) == packed.matrix.cols, "no such row");
+    shoal::unpack_row(packed.matrix, row, out.data());
+}
+
+class PlanEngine {
+  public:
+    PlanEngine(int threads, bool wide, bool wide_experts)
+        : engine_(threads), wide_(wide), wide_experts_(wide_experts) {}
+
+    int threads() const { return engine_.threads(); }
+    long buffer(long cols) { return engine_.add_buffer(cols); }
+    void cache(long layers, long page_values, bool bf16, long pages) {
+        engine_.set_cache(layers, page_values, bf16, pages);
+    }
+    size_t cache_bytes() const { return engine_.cache_bytes(); }
+
+    void embed(const Packed& table, long out) {
+        auto op = std::make_unique<shoal::Embed>();
+        op->table = hold(table);
+        op->out = out;
+        put(std::move(op), false);
+    }
+
+    void rope_table(const std::vector<float>& inverse_frequency, float factor, long cosines, long sines) {
+        auto op = std::make_unique<shoal::RopeTable>();
+        op->inverse_frequency = inverse_frequency;
+        op->factor = factor;
+        op->cosines = cosines;
+        op->sines = sines;
+        put(std::move(op), true);
+    }
+
+    void linear(long in, std::optional<Floats> norm, float eps, const std::vector<Packed>& weights,
+                const std::vector<std::optional<Floats>>& biases, const std::vector<long>& outs, bool add_to) {
+        auto op = std::make_unique<shoal::Linear>();
+        op->input = {in, hold(norm), eps, wide_};
+        require(weights.size() == biases.size() && weights.size() == outs.size() && !weights.empty(),
+                "one output a matrix");
+        for (size_t i = 0; i < weights.size(); ++i) {
+            require(weights[i].matrix.cols == engine_.buffer_cols(in), "matrix and input differ in columns");
+            require(weights[i].matrix.rows <= engine_.buffer_cols(outs[i]), "output is narrower than the matrix");
+            op->parts.push_back({hold(weights[i]), hold(biases[i]), outs[i]});
+        }
+        op->add_to = add_to;
+        put(std::move(op), true);
+    }
+
+    void head_linear(const Packed& stack, long in, long in_first, long in_step, long out, long out_first,
+                     long out_step) {
+        auto op = std::make_unique<shoal::HeadLinear>();
+        shoal::PackedMatrix matrix = hold(stack);
+        for (long n = 0; n < stack.count; ++n, matrix.data += matrix.bytes()) op->weights.push_back(matrix);
+        op->wide = wide_;
+        op->in = in, op->in_first = in_first, op->in_step = in_step;
+        op->out = out, op->out_first = out_first, op->out_step = out_step;
+        put(std::move(op), true);
+    }
+
+    void cache_mla(long layer, long query, long heads, long nope, long rope, long latent, long compressed, Floats norm,
+                   float eps, long cosines, long sines, bool interleave) {
+        auto op = std::make_unique<shoal::CacheMla>();
+        op->layer = layer, op->query = query, op->heads = heads, op->nope = nope, op->rope = rope;
+        op->latent = latent, op->compressed = compressed, op->norm = hold(norm), op->eps = eps;
+        op->cosines = cosines, op->sines = sines, op->interleave = interleave;
+        put(std::move(op), false);
+    }
+
+    void cache_gqa(long layer, long query, long key, long value, long heads, long kv_heads, long head_dim,
+                   std::optional<Floats> query_norm, std::optional<Floats> key_norm, float eps, long cosines,
+                   long sines, bool interleave) {
+        auto op = std::make_unique<shoal::CacheGqa>();
+        op->layer = layer, op->query = query, op->key = key, op->value = value;
+        op->heads = heads, op->kv_heads = kv_heads, op->head_dim = head_dim;
+        op->query_norm = hold(query_norm), op->key_norm = hold(key_norm), op->eps = eps;
+        op->cosines = cosines, op->sines = sines, op->interleave = interleave;
+        put(std::move(op), true);
+    }
+
+    void attention(long layer, long query, long query_step, long rotary, long rotary_first, long rotary_step,
+                   long heads, long kv_heads, long key_width, long value_width, bool shared_values, float scale,
+                   long out) {
+        auto op = std::make_unique<shoal::Attention>();
+        op->layer = layer, op->query = query, op->query_step = query_step;
+        op->rotary = rotary, op->rotary_first = rotary_first, op->rotary_step = rotary_step;
+        op->heads = heads, op->kv_heads = kv_heads, op->key_width = key_width, op->value_width = value_width;
+        op->shared_values = shared_values, op->scale = scale, op->out = out;
+        put(std::move(op), true);
+    }
+
+    void feed_forward(long in, Floats norm, float eps, const std::vector<Packed>& dense, std::optional<Packed> router,
+                      std::optional<Floats> bias, const std::vector<Packed>& routed, nb::dict routing) {
+        auto op = std::make_unique<shoal::FeedForward>();
+        op->input = {in, hold(norm), eps, wide_};
+        require(dense.size() == 3 || dense.empty(), "dense holds gate, up and down");
+        if (!dense.empty()) {
+            op->has_dense = true;
+            op->gate = hold(dense[0]), op->up = hold(dense[1]), op->down = hold(dense[2]);
+        }
+        op->wide_experts = wide_experts_;
+        if (router) {
+            require(routed.size() == 3 && routed[0].count == router->matrix.rows,
+                    "routed holds gate, up and down stacks");
+            op->router = hold(*router);
+            op->bias = hold(bias);
+            op->expert_gate = hold(routed[0]), op->expert_up = hold(routed[1]), op->expert_down = hold(routed[2]);
+            op->experts = routed[0].count;
+            op->active = nb::cast<long>(routing["num_experts_per_tok"]);
+            op->groups = nb::cast<long>(routing["n_group"]);
+            op->groups_kept = nb::cast<long>(routing["topk_group"]);
+            op->sigmoid = nb::cast<bool>(routing["sigmoid"]);
+            op->top_two = nb::cast<bool>(routing["top_two"]);
+            op->normalise = nb::cast<bool>(routing["normalise"]);
+            op->scaling = nb::cast<float>(routing["scaling"]);
+        }
+        put(std::move(op), true);
+    }
+
+    void head(long in, Floats norm, float eps, const Packed& weight) {
+        auto op = std::make_unique<shoal::Head>();
+        op->input = {in, hold(norm), eps, wide_};
+        op->weight = hold(weight);
+        vocabulary_ = op->weight.rows;
+        put(std::move(op), false);
+    }
+
+    // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled.
+    void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits) {
+        require(token.size() > 0 && token.size() == position.size(), "one position a token");
+        require(first_row.size() == pages.shape(0) + 1, "one row range a sequence");
+        require(long(logits.shape(0)) == long(output_row.size()) && long(logits.shape(1)) == vocabulary_,
+                "logits has the wrong shape");
+        const shoal::Step step{long(token.size()), token.data(), position.data(),      long(pages.shape(0)),
+                               first_row.data(),   pages.data(), long(pages.shape(1)), long(output_row.size()),
+                               output_row.data(),  logits.data()};
+        nb::gil_scoped_release unlocked;
+        engine_.run(step);
+    }
+
+  private:
+    shoal::PackedMatrix hold(const Packed& packed) {
+        memory_.push_back(packed.memory);
+        return packed.matrix;
+    }
+    const float* hold(const Floats& floats) {
+        floats_.push_back(floats);
+        return floats.data();
+    }
+    const float* hold(const std::optional<Floats>& floats) { return floats ? hold(*floats) : nullptr; }
+    void put(std::unique_ptr<shoal::Operation> op, bool barrier) {
+        op->barrier_after = barrier;
+        engine_.add(std::move(op));
+    }
+
+    shoal::Engine engine_;
+    std::vector<Bytes> memory_;
+    std::vector<Floats> floats_;
+    bool wide_, wide_experts_;  // 16-bit activations
+    long vocabulary_ = 0;
+};
+
+}  // namespace
+
+void shoal_bind_engine(nb::module_& m) {
+    nb::class_<Packed>(m, "Packed")
+        .def(
+            "__init__",
+            [](Packed* self, int packing, long rows, long cols, Bytes memory, long count) {
+                new (self) Packed(make_packed(packing, rows, cols, std::move(memory), count));
+            },
+            "packing"_a, "rows"_a, "cols"_a, "memory"_a.noconvert(), "count"_a = 1)
+        .def_prop_ro("rows", [](const Packed& p) { return p.matrix.rows; })
+        .def_prop_ro("cols", [](const Packed& p) { return p.matrix.cols; })
+        .def_prop_ro("count", [](const Packed& p) { return p.count; })
+        .def_prop_ro("packing", [](const Packed& p) { return int(p.matrix.packing); })
+        .def_prop_ro("nbytes", [](const Packed& p) { return p.matrix.bytes() * p.count; })
+        .def("row", &unpack, "row"_a, "out"_a.noconvert());
+    m.def("packed_bytes", &packed_bytes, "packing"_a, "rows"_a, "cols"_a);
+    m.def("pack", &pack, "source"_a, "data"_a.noconvert(), "rows"_a, "cols"_a, "packing"_a, "out"_a.noconvert(),
+          "threads"_a = 1, "scales"_a.noconvert() = nb::none(), "minima"_a.noconvert() = nb::none(), "group"_a = 32);
+    nb::class_<PlanEngine>(m, "Engine")
+        .def(nb::init<int, bool, bool>(), "threads"_a, "wide"_a = false, "wide_experts"_a = false)
+        .def_prop_ro("threads", &PlanEngine::threads)
+        .def_prop_ro("cache_bytes", &PlanEngine::cache_bytes)
+        .def("buffer", &PlanEngine::buffer, "cols"_a)
+        .def("cache", &PlanEngine::cache, "layers"_a, "page_values"_a, "bf16"_a, "pages"_a)
+        .def("embed", &PlanEngine::embed, "table"_a, "out"_a)
+        .def("rope_table", &PlanEngine::rope_table, "inverse_frequency"_a, "factor"_a, "cosines"_a, "sines"_a)
+        .def("linear", &PlanEngine::linear, "input"_a, "norm"_a.none(), "eps"_a, "weights"_a, "biases"_a, "outs"_a,
+             "add_to"_a = false)
+        .def("head_linear", &PlanEngine::head_linear, "stack"_a, "input"_a, "in_first"_a, "in_step"_a, "out"_a,
+             "out_first"_a, "out_step"_a)
+        .def("cache_mla", &PlanEngine::cache_mla, "layer"_a, "query"_a, "heads"_a, "nope"_a, "rope"_a, "latent"_a,
+             "compressed"_a, "norm"_a, "eps"_a, "cosines"_a, "sines"_a, "interleave"_a)
+        .def("cache_gqa", &PlanEngine::cache_gqa, "layer"_a, "query"_a, "key"_a, "value"_a, "heads"_a, "kv_heads"_a,
+             "head_dim"_a, "query_norm"_a.none(), "key_norm"_a.none(), "eps"_a, "cosines"_a, "sines"_a, "interleave"_a)
+        .def("attention", &PlanEngine::attention, "layer"_a, "query"_a, "query_step"_a, "rotary"_a, "rotary_first"_a,
+             "rotary_step"_a, "heads"_a, "kv_heads"_a, "key_width"_a, "value_width"_a, "shared_values"_a, "scale"_a,
+             "out"_a)
+        .def("feed_forward", &PlanEngine::feed_forward, "input"_a, "norm"_a, "eps"_a, "dense"_a, "router"_a.none(),
+             "bias"_a.none(), "routed"_a, "routing"_a)
+        .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a)
+        .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
+             "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert());
+}

@@ -1,0 +1,190 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "shoal/dispatch.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace shoal {
+
+Scratch::~Scratch() { std::free(data_); }
+
+uint8_t* Scratch::bytes(size_t size) {
+    if (size > size_) {
+        std::free(data_);
+        const size_t whole = (size + 4095) / 4096 * 4096;
+        data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, whole));
+        size_ = data_ ? whole : 0;
+        if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+}
+
+namespace {
+
+QuantRows skip_rows(const QuantRows& rows, long row, long cols) {
+    if (!rows.codes) return rows;
+    const long groups = round_up(cols, kBlockCols) / kGroup;
+    return {rows.codes + row * groups * kGroup, rows.scales + row * groups, rows.sums + row * groups};
+}
+
+}  // namespace
+
+WideRows WideRows::from_row(long row, long cols) const {
+    return {skip_rows(high, row, cols), skip_rows(low, row, cols)};
+}
+
+WideRows QuantBuffer::reserve(long rows, long cols, bool wide) {
+    const size_t values = size_t(round_up(rows, 4)) * round_up(cols, kBlockCols);
+    auto layer = [&](int i) {
+        return QuantRows{codes[i].array<int8_t>(values), scales[i].array<float>(values / kGroup),
+                         sums[i].array<int32_t>(values / kGroup)};
+    };
+    return {layer(0), wide ? layer(1) : QuantRows{}};
+}
+
+void Worker::barrier() const { engine.barrier(); }
+
+bool Worker::next(int stage, long total, long grain, long& first, long& last) const {
+    first = counters[stage].fetch_add(grain, std::memory_order_relaxed);
+    last = std::min(first + grain, total);
+    return first < total;
+}
+
+long Worker::grain(long total, long at_least) const {
+    const long members = engine.threads();
+    return members == 1 ? std::max(total, 1L) : std::max(at_least, total / (members * 8));
+}
+
+Engine::Engine(int threads) : team_(threads), scratch_(threads * 8), quant_(threads * 2) {}
+
+long Engine::add_buffer(long cols) {
+    buffers_.push_back({cols, std::make_unique<Scratch>()});
+    return long(buffers_.size()) - 1;
+}
+
+float* Engine::buffer(long id, long tokens) {
+    return buffers_[id].memory->array<float>(size_t(tokens) * buffers_[id].cols);
+}
+
+void Engine::set_cache(long layers, long page_values, bool bf16, long pages) {
+    cache_layers_ = layers;
+    cache_bf16_ = bf16;
+    page_bytes_ = size_t(round_up(page_values * (bf16 ? 2 : 4), 64));
+    cache_bytes_ = page_bytes_ * layers * pages;
+    cache_.bytes(cache_bytes_);
+}
+
+uint8_t* Engine::cache_page(long page, long layer) const {
+    return const_cast<Scratch&>(cache_).bytes(0) + (size_t(page) * cache_layers_ + layer) * page_bytes_;
+}
+
+void Engine::run(const Step& step) {
+    if (counters_.size() != operations_.size() * kMaxStages)
+        counters_ = std::vector<std::atomic<long>>(operations_.size() * kMaxStages);
+    for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+    // Buffers grow here, before the team starts: their addresses must not move under a running step.
+    for (size_t id = 0; id < buffers_.size(); ++id) buffer(long(id), step.tokens);
+    for (auto& operation : operations_) operation->reserve(*this, step);
+    const Ops& table = shoal::ops();
+    team_.run([&](int member) {
+        for (size_t i = 0; i < operations_.size(); ++i) {
+            operations_[i]->run({*this, step, table, member, &counters_[i * kMaxStages]});
+            if (operations_[i]->barrier_after) team_.barrier();
+        }
+    });
+}
+
+void multiply(const Ops& ops, const PackedMatrix& w, const Prepared& x, long first, long last, float* y, long y_stride,
+              bool add_to) {
+    const uint8_t* tiles = w.data + first * w.tile_bytes();
+    const long rows = std::min(w.rows, last * kTileRows) - first * kTileRows, count = last - first;
+    y += first * kTileRows;
+    if (!w.quantised()) {
+        ops.matmul_f(int32_t(w.packing), tiles, count, w.cols, rows, x.rows, x.stride, x.tokens, y, y_stride, add_to);
+        return;
+    }
+    ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.high, x.tokens, x.lanes, y, y_stride, add_to);
+    if (x.quant.low.codes)
+        ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.low, x.tokens, x.lanes, y, y_stride,
+                     true);
+}
+
+void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count,
+                    long cols, long lanes) {
+    auto put = [&](const QuantRows& layer, const float* const* from, float* rest) {
+        const QuantRows to = skip_rows(layer, at, cols);
+        worker.ops.quantize_rows(from, count, cols, lanes, const_cast<int8_t*>(to.codes), const_cast<float*>(to.scales),
+                                 const_cast<int32_t*>(to.sums), rest);
+    };
+    if (!into.low.codes) return put(into.high, rows, nullptr);
+    float* rest = worker.engine.scratch(worker.member, 7).array<float>(count * cols);
+    put(into.high, rows, rest);
+    const float* left[4];
+    for (long i = 0; i < count; ++i) left[i] = rest + i * cols;
+    put(into.low, left, nullptr);
+}
+
+WideRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
+                       long lanes, bool wide) {
+    const WideRows out = into.reserve(tokens, cols, wide);
+    const float* pointers[4];
+    for (long t = 0; t < tokens; t += lanes) {
+        const long n = std::min(lanes, tokens - t);
+        for (long i = 0; i < n; ++i) pointers[i] = rows + (t + i) * stride;
+        quantise_block(worker, out, t, pointers, n, cols, lanes);
+    }
+    return out;
+}
+
+void reserve_input(Engine& engine, const Step& step, SharedInput& shared, const Input& input, bool quantised) {
+    if (step.tokens <= kPrivateTokens) return;
+    const long cols = engine.buffer_cols(input.buffer);
+    if (input.norm) shared.rows.array<float>(step.tokens * cols);
+    if (quantised) shared.quant.reserve(step.tokens, cols, input.wide);
+}
+
+Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, bool quantised, int stage) {
+    const long tokens = worker.step.tokens, cols = worker.engine.buffer_cols(input.buffer);
+    const float* x = worker.engine.buffer(input.buffer, tokens);
+    Prepared out{x, cols, {}, tokens == 1 ? 1L : 4L, tokens, cols};
+    if (tokens <= kPrivateTokens) {
+        if (input.norm) {
+            float* rows = worker.engine.scratch(worker.member, 0).array<float>(tokens * cols);
+            worker.ops.rms_norm(x, cols, input.norm, input.eps, rows, cols, tokens, cols);
+            out.rows = rows;
+        }
+        if (quantised)
+            out.quant = quantise_rows(worker, worker.engine.quant(worker.member), out.rows, cols, tokens, cols,
+                                      out.lanes, input.wide);
+        return out;
+    }
+    if (!input.norm && !quantised) return out;
+    float* rows = input.norm ? shared.rows.array<float>(tokens * cols) : nullptr;
+    const WideRows quant = quantised ? shared.quant.reserve(tokens, cols, input.wide) : WideRows{};
+    long first, last;
+    while (worker.next(stage, (tokens + 3) / 4, 1, first, last)) {
+        const long t = first * 4, n = std::min(4L, tokens - t);
+        const float* from = x + t * cols;
+        if (rows) {
+            worker.ops.rms_norm(from, cols, input.norm, input.eps, rows + t * cols, cols, n, cols);
+            from = rows + t * cols;
+        }
+        if (!quantised) continue;
+        const float* pointers[4];
+        for (long i = 0; i < n; ++i) pointers[i] = from + i * cols;
+        quantise_block(worker, quant, t, pointers, n, cols, 4);
+    }
+    worker.barrier();
+    if (rows) out.rows = rows;
+    out.quant = quant;
+    return out;
+}
+
+}  // namespace shoal

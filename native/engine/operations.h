@@ -1,0 +1,143 @@
+// The operations that a plan may hold. Each is plain data plus run(); operations_*.cpp hold the bodies.
+#pragma once
+#include <vector>
+
+#include "engine/engine.h"
+
+namespace shoal {
+
+// x[t] = row token[t] of the table.
+struct Embed final : Operation {
+    PackedMatrix table;
+    long out;
+    void run(const Worker& worker) override;
+};
+
+// Cosines and sines of the step's positions, [T, R / 2] each, used by every layer.
+struct RopeTable final : Operation {
+    std::vector<float> inverse_frequency;  // [R / 2]
+    float factor = 1;                      // multiplies both (YaRN's attention factor)
+    long cosines, sines;
+    void run(const Worker& worker) override;
+};
+
+// outs[i] (+)= norm(x) W_i^T + bias_i.
+struct Linear final : Operation {
+    Input input;
+    struct Part {
+        PackedMatrix weight;
+        const float* bias;
+        long out;
+    };
+    std::vector<Part> parts;
+    bool add_to = false;
+    SharedInput shared;
+    bool quantised() const;
+    void reserve(Engine& engine, const Step& step) override;
+    void run(const Worker& worker) override;
+};
+
+// Per head n: out[t][out_first + n * out_step ...] = x[t][in_first + n * in_step ...] W_n^T.
+struct HeadLinear final : Operation {
+    std::vector<PackedMatrix> weights;
+    long in, in_first, in_step, out, out_first, out_step;
+    bool wide = false;
+    void run(const Worker& worker) override;
+};
+
+// Rotates queries and keys, normalises what wants it, and puts keys and values (or the latent) into the cache.
+struct CacheMla final : Operation {
+    long layer, query, heads, nope, rope, latent, compressed;  // compressed [T, C + R]: latent and rotary key
+    const float* norm;
+    float eps;
+    long cosines, sines;
+    bool interleave;
+    void run(const Worker& worker) override;
+};
+struct CacheGqa final : Operation {
+    long layer, query, key, value, heads, kv_heads, head_dim;
+    const float *query_norm, *key_norm;  // null where the family has none
+    float eps;
+    long cosines, sines;
+    bool interleave;
+    void run(const Worker& worker) override;
+};
+
+// softmax(q k^T) v over the cache. MLA: heads share one key row of C + R whose first C are the values; queries come in
+// two parts, the absorbed one [T, N, C] and the rotary one inside [T, N, H + R]. GQA: N / kv_heads queries share a key.
+struct Attention final : Operation {
+    long layer, query, query_step, rotary, rotary_first, rotary_step;  // rotary < 0: none
+    long heads, kv_heads, key_width, value_width;                      // key_width includes the rotary part
+    bool shared_values;
+    float scale;
+    long out;
+    void reserve(Engine& engine, const Step& step) override;
+    void run(const Worker& worker) override;
+
+  private:
+    struct Block {
+        long sequence, kv_head, first_lane, lanes, keys;
+    };
+    Scratch partial;
+    std::vector<Block> work;
+    std::vector<long> chunk_start;  // of each block, in chunks
+    bool split = false;             // few blocks: their chunks are shared out
+    void load_queries(const Worker& worker, const Block& block, void* packed, int32_t* last_key) const;
+    void attend_chunk(const Worker& worker, const Block& block, const void* queries, const int32_t* last_key,
+                      long chunk, float* state) const;
+    void finish(const Worker& worker, const Block& block, const float* total, const float* rows) const;
+};
+
+// x += down(silu(gate(norm(x))) * up(norm(x))) for an always-used MLP (dense layer or shared experts) and routed
+// experts.
+struct FeedForward final : Operation {
+    Input input;
+    bool has_dense = false;
+    PackedMatrix gate, up, down;  // dense or shared
+    long experts = 0, active = 0, groups = 1, groups_kept = 1;
+    bool sigmoid = false, top_two = false, normalise = false;
+    float scaling = 1;
+    bool wide_experts = false;  // input.wide for the routed experts
+    PackedMatrix router;
+    const float* bias = nullptr;
+    PackedMatrix expert_gate, expert_up, expert_down;  // of expert 0; the others follow at bytes() each
+    long layer = 0;
+    int32_t* trace_experts = nullptr;  // [T, K] of the last step
+
+    SharedInput shared;
+    Scratch logits, hidden, dense_hidden;
+    QuantBuffer gathered, hidden_quant, dense_quant;
+    std::vector<int32_t> chosen;  // [T, K]
+    std::vector<float> weight;    // [T, K]
+    std::vector<int32_t> slot_token;
+    std::vector<float> slot_weight;
+    std::vector<long> offset;     // [experts + 1] into slots
+    std::vector<long> quant_row;  // [experts + 1] into padded rows
+    std::vector<int32_t> used;    // experts with at least one token
+    void reserve(Engine& engine, const Step& step) override;
+    void run(const Worker& worker) override;
+
+  private:
+    void route(const float* scores, int32_t* experts_out, float* weights_out) const;
+    void choose_experts(const Worker& worker);
+    void group_slots(long tokens);
+    WideRows run_experts(const Worker& worker, const Prepared& x);
+    void quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows,
+                         long stride, bool by_token) const;
+    WideRows quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes);
+    void hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x, long first,
+                      long last, float* out, long stride) const;
+    void down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense,
+                    const WideRows& routed);
+};
+
+// logits = norm(x[output rows]) W^T.
+struct Head final : Operation {
+    Input input;
+    PackedMatrix weight;
+    long selected;  // buffer of gathered rows
+    SharedInput shared;
+    void run(const Worker& worker) override;
+};
+
+}  // namespace shoal

@@ -1,0 +1,239 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "engine/operations.h"
+
+namespace shoal {
+namespace {
+
+// Keys are attended to in chunks of four pages, each from a fresh state, and the chunks are merged in order. The
+// partition does not depend on threads, batch or prefill, so neither does a single bit of the result.
+constexpr long kChunkPages = 4;
+constexpr long kChunk = kChunkPages * kPageTokens;
+constexpr long kLaneState = 32;  // top and total of 16 lanes, in front of the rows
+
+uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void store_cache(void* at, const float* values, long count, bool bf16) {
+    if (!bf16) {
+        std::memcpy(at, values, count * sizeof(float));
+        return;
+    }
+    auto* out = static_cast<uint16_t*>(at);
+    for (long i = 0; i < count; ++i) out[i] = to_bf16(values[i]);
+}
+
+// Rotates pairs (x0, x1), (x2, x3) … or (x0, x_half) …; the result keeps the pairs' places.
+void rotate(float* x, const float* cosines, const float* sines, long half, bool interleave) {
+    for (long i = 0; i < half; ++i) {
+        float& a = interleave ? x[2 * i] : x[i];
+        float& b = interleave ? x[2 * i + 1] : x[i + half];
+        const float first = a, second = b;
+        a = first * cosines[i] - second * sines[i];
+        b = second * cosines[i] + first * sines[i];
+    }
+}
+
+void fold(float* state, const float* part, long lanes, long width) {
+    float *top = state, *total = state + 16, *rows = state + kLaneState;
+    const float *top2 = part, *total2 = part + 16, *rows2 = part + kLaneState;
+    for (long lane = 0; lane < lanes; ++lane) {
+        const float highest = std::max(top[lane], top2[lane]);
+        const float keep = std::exp(top[lane] - highest), gain = std::exp(top2[lane] - highest);
+        top[lane] = highest;
+        total[lane] = total[lane] * keep + total2[lane] * gain;
+        for (long i = 0; i < width; ++i)
+            rows[lane * width + i] = rows[lane * width + i] * keep + rows2[lane * width + i] * gain;
+    }
+}
+
+void clear(float* state, long lanes, long width) {
+    std::fill(state, state + 16, -1e30f);
+    std::fill(state + 16, state + kLaneState + lanes * width, 0.0f);
+}
+
+struct Place {
+    uint8_t* page;
+    long slot;
+};
+
+Place place_of(const Worker& worker, long row, long layer) {
+    const Step& step = worker.step;
+    const long position = step.position[row];
+    const long page = step.pages[step.sequence_of(row) * step.max_pages + position / kPageTokens];
+    return {worker.engine.cache_page(page, layer), position % kPageTokens};
+}
+
+}  // namespace
+
+void CacheMla::run(const Worker& worker) {
+    const long tokens = worker.step.tokens, half = rope / 2, width = latent + rope;
+    const float* cos_TR = worker.engine.buffer(cosines, tokens);
+    const float* sin_TR = worker.engine.buffer(sines, tokens);
+    float* q = worker.engine.buffer(query, tokens);
+    float* c = worker.engine.buffer(compressed, tokens);
+    const bool bf16 = worker.engine.cache_bf16();
+    long first, last;
+    while (worker.next(0, tokens, 1, first, last)) {
+        const float *cosine = cos_TR + first * half, *sine = sin_TR + first * half;
+        for (long n = 0; n < heads; ++n)
+            rotate(q + first * heads * (nope + rope) + n * (nope + rope) + nope, cosine, sine, half, interleave);
+        float* row = c + first * width;
+        worker.ops.rms_norm(row, width, norm, eps, row, width, 1, latent);
+        rotate(row + latent, cosine, sine, half, interleave);
+        const Place place = place_of(worker, first, layer);
+        store_cache(place.page + place.slot * width * (bf16 ? 2 : 4), row, width, bf16);
+    }
+}
+
+void CacheGqa::run(const Worker& worker) {
+    const long tokens = worker.step.tokens, half = head_dim / 2;
+    const float* cos_TR = worker.engine.buffer(cosines, tokens);
+    const float* sin_TR = worker.engine.buffer(sines, tokens);
+    float* q = worker.engine.buffer(query, tokens);
+    float* k = worker.engine.buffer(key, tokens);
+    float* v = worker.engine.buffer(value, tokens);
+    const bool bf16 = worker.engine.cache_bf16();
+    const long bytes = bf16 ? 2 : 4, head_page = kPageTokens * head_dim * bytes;
+    long first, last;
+    while (worker.next(0, tokens, 1, first, last)) {
+        const float *cosine = cos_TR + first * half, *sine = sin_TR + first * half;
+        float* q_row = q + first * heads * head_dim;
+        float* k_row = k + first * kv_heads * head_dim;
+        if (query_norm) worker.ops.rms_norm(q_row, head_dim, query_norm, eps, q_row, head_dim, heads, head_dim);
+        if (key_norm) worker.ops.rms_norm(k_row, head_dim, key_norm, eps, k_row, head_dim, kv_heads, head_dim);
+        for (long n = 0; n < heads; ++n) rotate(q_row + n * head_dim, cosine, sine, half, interleave);
+        const Place place = place_of(worker, first, layer);
+        for (long n = 0; n < kv_heads; ++n) {
+            rotate(k_row + n * head_dim, cosine, sine, half, interleave);
+            uint8_t* at = place.page + n * head_page + place.slot * head_dim * bytes;
+            store_cache(at, k_row + n * head_dim, head_dim, bf16);
+            store_cache(at + kv_heads * head_page, v + (first * kv_heads + n) * head_dim, head_dim, bf16);
+        }
+    }
+}
+
+void Attention::reserve(Engine& engine, const Step& step) {
+    work.clear();
+    chunk_start.assign(1, 0);
+    const long group = heads / kv_heads;
+    for (long s = 0; s < step.sequences; ++s) {
+        const long lanes = (step.first_row[s + 1] - step.first_row[s]) * group;
+        for (long n = 0; n < kv_heads; ++n) {
+            for (long first = 0; first < lanes; first += 16) {
+                const long count = std::min(16L, lanes - first);
+                const long keys = step.position[step.first_row[s] + (first + count - 1) / group] + 1;
+                work.push_back({s, n, first, count, keys});
+                chunk_start.push_back(chunk_start.back() + (keys + kChunk - 1) / kChunk);
+            }
+        }
+    }
+    split = long(work.size()) < 4 * engine.threads();
+    if (split) partial.array<float>(chunk_start.back() * (kLaneState + 16 * value_width));
+}
+
+void Attention::load_queries(const Worker& worker, const Block& block, void* packed, int32_t* last_key) const {
+    const Step& step = worker.step;
+    const long group = heads / kv_heads, own_width = rotary < 0 ? key_width : query_step;
+    const float* q = worker.engine.buffer(query, step.tokens);
+    const float* r = rotary < 0 ? nullptr : worker.engine.buffer(rotary, step.tokens);
+    const long q_stride = worker.engine.buffer_cols(query), r_stride = r ? worker.engine.buffer_cols(rotary) : 0;
+    const bool bf16 = worker.engine.cache_bf16();
+    std::memset(packed, 0, key_width * 16 * (bf16 ? 2 : 4));
+    for (long lane = 0; lane < 16; ++lane) {
+        last_key[lane] = -1;
+        if (lane >= block.lanes) continue;
+        const long flat = block.first_lane + lane;
+        const long row = step.first_row[block.sequence] + flat / group, head = block.kv_head * group + flat % group;
+        last_key[lane] = step.position[row];
+        const float* own = q + row * q_stride + head * query_step;
+        const float* rest = r ? r + row * r_stride + rotary_first + head * rotary_step - own_width : nullptr;
+        for (long k = 0; k < key_width; ++k) {
+            const float value = (k < own_width ? own[k] : rest[k]) * scale;
+            if (bf16)
+                static_cast<uint16_t*>(packed)[(k / 2 * 16 + lane) * 2 + k % 2] = to_bf16(value);
+            else
+                static_cast<float*>(packed)[k * 16 + lane] = value;
+        }
+    }
+}
+
+void Attention::attend_chunk(const Worker& worker, const Block& block, const void* queries, const int32_t* last_key,
+                             long chunk, float* state) const {
+    const Step& step = worker.step;
+    const long bytes = worker.engine.cache_bf16() ? 2 : 4;
+    clear(state, block.lanes, value_width);
+    for (long first = chunk * kChunk; first < std::min(block.keys, (chunk + 1) * kChunk); first += kPageTokens) {
+        const long page = step.pages[block.sequence * step.max_pages + first / kPageTokens];
+        const uint8_t* at = worker.engine.cache_page(page, layer);
+        const uint8_t* k = shared_values ? at : at + block.kv_head * kPageTokens * key_width * bytes;
+        const uint8_t* v = shared_values ? at : k + kv_heads * kPageTokens * key_width * bytes;
+        const AttendRun run{worker.engine.cache_bf16(),
+                            queries,
+                            int(block.lanes),
+                            k,
+                            v,
+                            key_width,
+                            shared_values ? key_width : value_width,
+                            key_width,
+                            value_width,
+                            std::min(kPageTokens, block.keys - first),
+                            first,
+                            last_key};
+        worker.ops.attend(&run, state, state + 16, state + kLaneState);
+    }
+}
+
+void Attention::finish(const Worker& worker, const Block& block, const float* total, const float* rows) const {
+    const Step& step = worker.step;
+    const long group = heads / kv_heads, stride = worker.engine.buffer_cols(out);
+    float* y = worker.engine.buffer(out, step.tokens);
+    for (long lane = 0; lane < block.lanes; ++lane) {
+        const long flat = block.first_lane + lane;
+        const long row = step.first_row[block.sequence] + flat / group, head = block.kv_head * group + flat % group;
+        const float inverse = 1.0f / total[lane];
+        for (long i = 0; i < value_width; ++i)
+            y[row * stride + head * value_width + i] = rows[lane * value_width + i] * inverse;
+    }
+}
+
+void Attention::run(const Worker& worker) {
+    const long state = kLaneState + 16 * value_width, blocks = long(work.size());
+    alignas(64) int32_t last_key[16];
+    float* packed = worker.engine.scratch(worker.member, 2).array<float>(key_width * 16);
+    long first, last;
+    if (!split) {
+        float* merged = worker.engine.scratch(worker.member, 3).array<float>(2 * state);
+        while (worker.next(0, blocks, 1, first, last)) {
+            const Block& block = work[blocks - 1 - first];  // the longest first
+            load_queries(worker, block, packed, last_key);
+            attend_chunk(worker, block, packed, last_key, 0, merged);
+            for (long chunk = 1; chunk * kChunk < block.keys; ++chunk) {
+                attend_chunk(worker, block, packed, last_key, chunk, merged + state);
+                fold(merged, merged + state, block.lanes, value_width);
+            }
+            finish(worker, block, merged + 16, merged + kLaneState);
+        }
+        return;
+    }
+    float* parts = partial.array<float>(0);
+    while (worker.next(1, chunk_start.back(), 1, first, last)) {
+        const long index = std::upper_bound(chunk_start.begin(), chunk_start.end(), first) - chunk_start.begin() - 1;
+        load_queries(worker, work[index], packed, last_key);
+        attend_chunk(worker, work[index], packed, last_key, first - chunk_start[index], parts + first * state);
+    }
+    worker.barrier();
+    while (worker.next(2, blocks, 1, first, last)) {
+        float* merged = parts + chunk_start[first] * state;
+        for (long chunk = chunk_start[first] + 1; chunk < chunk_start[first + 1]; ++chunk)
+            fold(merged, parts + chunk * state, work[first].lanes, value_width);
+        finish(worker, work[first], merged + 16, merged + kLaneState);
+    }
+}
+
+}  // namespace shoal

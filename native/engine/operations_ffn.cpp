@@ -1,0 +1,266 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "engine/operations.h"
+
+namespace shoal {
+namespace {
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr long kHiddenTiles = 2;  // 32 rows of gate and of up at a time
+constexpr long kMaxExpertTiles = 8;
+
+PackedMatrix expert_of(const PackedMatrix& first, long expert) {
+    PackedMatrix matrix = first;
+    matrix.data += expert * first.bytes();
+    return matrix;
+}
+
+}  // namespace
+
+// The published routings, on one token's router scores. Ties go to the smaller index.
+void FeedForward::route(const float* scores, int32_t* experts_out, float* weights_out) const {
+    std::vector<float> probability(experts), choice(experts);
+    if (sigmoid) {
+        for (long e = 0; e < experts; ++e) probability[e] = 1.0f / (1.0f + std::exp(-scores[e]));
+    } else {
+        const float top = *std::max_element(scores, scores + experts);
+        float total = 0;
+        for (long e = 0; e < experts; ++e) total += probability[e] = std::exp(scores[e] - top);
+        for (long e = 0; e < experts; ++e) probability[e] /= total;
+    }
+    for (long e = 0; e < experts; ++e) choice[e] = probability[e] + (bias ? bias[e] : 0.0f);
+    if (groups > 1) {
+        const long size = experts / groups;
+        std::vector<float> value(groups);
+        for (long g = 0; g < groups; ++g) {
+            float best = kNever, second = kNever;
+            for (long e = g * size; e < (g + 1) * size; ++e) {
+                if (choice[e] > best)
+                    second = best, best = choice[e];
+                else if (choice[e] > second)
+                    second = choice[e];
+            }
+            value[g] = top_two ? best + second : best;
+        }
+        for (long g = 0; g < groups; ++g) {
+            const long ahead = std::count_if(value.begin(), value.end(), [&](float v) { return v > value[g]; }) +
+                               std::count(value.begin(), value.begin() + g, value[g]);
+            if (ahead >= groups_kept) std::fill(choice.begin() + g * size, choice.begin() + (g + 1) * size, kNever);
+        }
+    }
+    float total = 0;
+    for (long k = 0; k < active; ++k) {
+        const long e = std::max_element(choice.begin(), choice.end()) - choice.begin();
+        experts_out[k] = int32_t(e);
+        weights_out[k] = probability[e];
+        total += probability[e];
+        choice[e] = kNever;
+    }
+    const float factor = normalise ? scaling / (total + 1e-20f) : scaling;
+    for (long k = 0; k < active; ++k) weights_out[k] *= factor;
+}
+
+// Slots are (token, expert) pairs sorted by expert, tokens in order: a token's experts add up in the same order always.
+void FeedForward::group_slots(long tokens) {
+    offset.assign(experts + 1, 0);
+    used.clear();
+    for (long i = 0; i < tokens * active; ++i) ++offset[chosen[i] + 1];
+    quant_row.assign(experts + 1, 0);
+    for (long e = 0; e < experts; ++e) {
+        const long count = offset[e + 1];
+        quant_row[e + 1] = quant_row[e] + round_up(count, 4);
+        if (count > 0) used.push_back(int32_t(e));
+        offset[e + 1] += offset[e];
+    }
+    slot_token.resize(tokens * active);
+    slot_weight.resize(tokens * active);
+    std::vector<long> at(offset.begin(), offset.end() - 1);
+    for (long i = 0; i < tokens * active; ++i) {
+        const long slot = at[chosen[i]]++;
+        slot_token[slot] = int32_t(i / active);
+        slot_weight[slot] = weight[i];
+    }
+}
+
+void FeedForward::hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x,
+                               long first, long last, float* out, long stride) const {
+    float* up_rows = worker.engine.scratch(worker.member, 4).array<float>(x.tokens * stride);
+    multiply(worker.ops, g, x, first, last, out, stride, false);
+    multiply(worker.ops, u, x, first, last, up_rows, stride, false);
+    const long from = first * kTileRows, cols = std::min(last * kTileRows, g.rows) - from;
+    worker.ops.silu_mul(out + from, stride, up_rows + from, stride, out + from, stride, x.tokens, cols);
+}
+
+void FeedForward::down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense,
+                             const WideRows& routed) {
+    const long stride = worker.engine.buffer_cols(input.buffer);
+    if (has_dense) multiply(worker.ops, down, dense, first, last, x, stride, true);
+    if (!experts) return;
+    const long width = expert_down.cols, from = first * kTileRows, cols = std::min(last * kTileRows, stride) - from;
+    long most = 0;
+    for (const long e : used) most = std::max(most, offset[e + 1] - offset[e]);
+    float* product = worker.engine.scratch(worker.member, 5).array<float>(most * cols);
+    for (const long e : used) {
+        const long count = offset[e + 1] - offset[e];
+        const float* rows = hidden.array<float>(0) + offset[e] * width;
+        const Prepared h{rows, width, routed.from_row(quant_row[e], width), count == 1 ? 1L : 4L, count, width};
+        multiply(worker.ops, expert_of(expert_down, e), h, first, last, product - from, cols, false);
+        for (long i = 0; i < count; ++i) {
+            float* row = x + slot_token[offset[e] + i] * stride + from;
+            const float factor = slot_weight[offset[e] + i];
+            for (long c = 0; c < cols; ++c) row[c] += factor * product[i * cols + c];
+        }
+    }
+}
+
+void FeedForward::reserve(Engine& engine, const Step& step) {
+    reserve_input(engine, step, shared, input, has_dense && gate.quantised());
+    const long tokens = step.tokens, cols = engine.buffer_cols(input.buffer);
+    if (has_dense) {
+        dense_hidden.array<float>(tokens * gate.rows);
+        if (down.quantised()) dense_quant.reserve(tokens, gate.rows, input.wide);
+    }
+    if (!experts) return;
+    logits.array<float>(tokens * experts);
+    hidden.array<float>(tokens * active * expert_gate.rows);
+    chosen.resize(tokens * active);
+    weight.resize(tokens * active);
+    // Every used expert may pad its rows to a multiple of four.
+    const long rows = tokens * active + 4 * std::min(experts, tokens * active);
+    if (expert_gate.quantised()) gathered.reserve(rows, cols, wide_experts);
+    if (expert_down.quantised()) hidden_quant.reserve(rows, expert_gate.rows, wide_experts);
+}
+
+void FeedForward::run(const Worker& worker) {
+    const long tokens = worker.step.tokens, cols = worker.engine.buffer_cols(input.buffer);
+    const bool one = tokens == 1;
+    const bool quantised = (has_dense && gate.quantised()) || (one && experts && expert_gate.quantised());
+    const Prepared x = prepare(worker, shared, input, quantised, 0);
+    float* dense_rows = dense_hidden.array<float>(0);
+    const long dense_width = has_dense ? gate.rows : 0, router_tiles = experts ? router.tiles() : 0;
+    const long pieces = has_dense ? (gate.tiles() + kHiddenTiles - 1) / kHiddenTiles : 0;
+    long first, last;
+    while (worker.next(1, router_tiles + pieces, 1, first, last)) {
+        if (first < router_tiles) {
+            multiply(worker.ops, router, x, first, first + 1, logits.array<float>(0), experts, false);
+            continue;
+        }
+        const long tile = (first - router_tiles) * kHiddenTiles;
+        hidden_chunk(worker, gate, up, x, tile, std::min(tile + kHiddenTiles, gate.tiles()), dense_rows, dense_width);
+    }
+    worker.barrier();
+    WideRows routed{};
+    if (experts) {
+        choose_experts(worker);
+        routed = run_experts(worker, x);
+    }
+    Prepared dense{dense_rows, dense_width, {}, one ? 1L : 4L, tokens, dense_width};
+    if (has_dense && down.quantised())
+        dense.quant = quantise_dense_hidden(worker, dense_rows, dense_width, dense.lanes);
+    const long tiles = (cols + kTileRows - 1) / kTileRows;
+    float* out = worker.engine.buffer(input.buffer, tokens);
+    while (worker.next(7, tiles, std::min(worker.grain(tiles), kMaxExpertTiles), first, last))
+        down_tiles(worker, first, last, out, dense, routed);
+}
+
+void FeedForward::choose_experts(const Worker& worker) {
+    const long tokens = worker.step.tokens;
+    const float* scores = logits.array<float>(0);
+    long first, last;
+    if (tokens > 8) {
+        while (worker.next(2, tokens, 8, first, last))
+            for (long t = first; t < last; ++t) route(scores + t * experts, &chosen[t * active], &weight[t * active]);
+        worker.barrier();
+    }
+    if (worker.member == 0) {
+        for (long t = 0; tokens <= 8 && t < tokens; ++t)
+            route(scores + t * experts, &chosen[t * active], &weight[t * active]);
+        group_slots(tokens);
+        if (trace_experts) std::memcpy(trace_experts, chosen.data(), tokens * active * sizeof(int32_t));
+    }
+    worker.barrier();
+}
+
+// The always-used MLP's hidden rows in int8; ends with a barrier if shared out.
+WideRows FeedForward::quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes) {
+    const long tokens = worker.step.tokens;
+    if (tokens <= kPrivateTokens)
+        return quantise_rows(worker, worker.engine.quant(worker.member), rows, width, tokens, width, lanes, input.wide);
+    const WideRows out = dense_quant.reserve(tokens, width, input.wide);
+    long first, last;
+    while (worker.next(6, (tokens + 3) / 4, 1, first, last)) {
+        const float* pointers[4];
+        const long n = std::min(4L, tokens - first * 4);
+        for (long i = 0; i < n; ++i) pointers[i] = rows + (first * 4 + i) * width;
+        quantise_block(worker, out, first * 4, pointers, n, width, lanes);
+    }
+    worker.barrier();
+    return out;
+}
+
+// One expert's rows in int8: gathered by token, or its own slots.
+void FeedForward::quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows,
+                                  long stride, bool by_token) const {
+    const long count = offset[expert + 1] - offset[expert];
+    const float* pointers[4];
+    for (long i = 0; i < count; i += 4) {
+        const long n = std::min(4L, count - i);
+        for (long j = 0; j < n; ++j) {
+            const long slot = offset[expert] + i + j;
+            pointers[j] = rows + (by_token ? slot_token[slot] : slot) * stride;
+        }
+        quantise_block(worker, into, quant_row[expert] + i, pointers, n, cols, count == 1 ? 1 : 4);
+    }
+}
+
+// Gate and up of every used expert on its tokens; returns the hidden rows in int8 for the down projection.
+WideRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
+    const long cols = x.cols, width = expert_gate.rows, tokens = worker.step.tokens, count_used = long(used.size());
+    const bool quantised = expert_gate.quantised(), one = tokens == 1;
+    float* rows = hidden.array<float>(0);
+    const WideRows in = quantised && !one ? gathered.reserve(quant_row[experts], cols, wide_experts) : WideRows{};
+    long first, last;
+    if (quantised && !one) {
+        while (worker.next(3, count_used, 1, first, last))
+            quantise_expert(worker, used[first], in, cols, x.rows, x.stride, true);
+        worker.barrier();
+    }
+    const long pieces = (expert_gate.tiles() + kHiddenTiles - 1) / kHiddenTiles;
+    const long grain = one ? 1 : std::min(pieces, kMaxExpertTiles / kHiddenTiles);
+    while (worker.next(4, count_used * pieces, grain, first, last)) {
+        for (long piece = first; piece < last; ++piece) {
+            const long e = used[piece / pieces], tile = piece % pieces * kHiddenTiles,
+                       count = offset[e + 1] - offset[e];
+            Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
+            if (!one && quantised) {
+                part.quant = in.from_row(quant_row[e], cols);
+                part.lanes = count == 1 ? 1 : 4;
+            } else if (!one) {  // float weights meet the rows themselves, gathered
+                float* copy = worker.engine.scratch(worker.member, 6).array<float>(count * cols);
+                for (long i = 0; i < count; ++i)
+                    std::memcpy(copy + i * cols, x.rows + slot_token[offset[e] + i] * x.stride, cols * sizeof(float));
+                part.rows = copy;
+                part.stride = cols;
+            }
+            hidden_chunk(worker, expert_of(expert_gate, e), expert_of(expert_up, e), part, tile,
+                         std::min(tile + kHiddenTiles, expert_gate.tiles()), rows + offset[e] * width, width);
+        }
+    }
+    worker.barrier();
+    if (!expert_down.quantised()) return {};
+    if (one) {  // a few rows: every member quantises them for itself
+        const WideRows out = worker.engine.quant(worker.member, 1).reserve(quant_row[experts], width, wide_experts);
+        for (const long e : used) quantise_expert(worker, e, out, width, rows, width, false);
+        return out;
+    }
+    const WideRows out = hidden_quant.reserve(quant_row[experts], width, wide_experts);
+    while (worker.next(5, count_used, 1, first, last))
+        quantise_expert(worker, used[first], out, width, rows, width, false);
+    worker.barrier();
+    return out;
+}
+
+}  // namespace shoal

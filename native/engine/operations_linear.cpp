@@ -1,0 +1,98 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "engine/operations.h"
+#include "engine/pack.h"
+
+namespace shoal {
+
+void Embed::run(const Worker& worker) {
+    float* x = worker.engine.buffer(out, worker.step.tokens);
+    long first, last;
+    while (worker.next(0, worker.step.tokens, 1, first, last)) {
+        unpack_row(table, worker.step.token[first], x + first * table.cols);
+    }
+}
+
+void RopeTable::run(const Worker& worker) {
+    const long half = long(inverse_frequency.size());
+    float* cos_TR = worker.engine.buffer(cosines, worker.step.tokens);
+    float* sin_TR = worker.engine.buffer(sines, worker.step.tokens);
+    long first, last;
+    while (worker.next(0, worker.step.tokens, 8, first, last)) {
+        for (long t = first; t < last; ++t) {
+            for (long i = 0; i < half; ++i) {
+                const float angle = float(worker.step.position[t]) * inverse_frequency[i];
+                cos_TR[t * half + i] = std::cos(angle) * factor;
+                sin_TR[t * half + i] = std::sin(angle) * factor;
+            }
+        }
+    }
+}
+
+bool Linear::quantised() const {
+    return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.weight.quantised(); });
+}
+
+void Linear::reserve(Engine& engine, const Step& step) { reserve_input(engine, step, shared, input, quantised()); }
+
+void Linear::run(const Worker& worker) {
+    long tiles = 0;
+    for (const Part& part : parts) tiles += part.weight.tiles();
+    const Prepared x = prepare(worker, shared, input, quantised(), 0);
+    long first, last;
+    while (worker.next(1, tiles, worker.grain(tiles), first, last)) {
+        long base = 0;
+        for (const Part& part : parts) {
+            const long from = std::max(first - base, 0L), to = std::min(last - base, part.weight.tiles());
+            base += part.weight.tiles();
+            if (from >= to) continue;
+            const long stride = worker.engine.buffer_cols(part.out);
+            float* y = worker.engine.buffer(part.out, worker.step.tokens);
+            multiply(worker.ops, part.weight, x, from, to, y, stride, add_to);
+            if (!part.bias) continue;
+            for (long t = 0; t < x.tokens; ++t)
+                for (long row = from * kTileRows; row < std::min(to * kTileRows, part.weight.rows); ++row)
+                    y[t * stride + row] += part.bias[row];
+        }
+    }
+}
+
+void HeadLinear::run(const Worker& worker) {
+    const long tokens = worker.step.tokens, heads = long(weights.size()), cols = weights[0].cols;
+    const long in_stride = worker.engine.buffer_cols(in), out_stride = worker.engine.buffer_cols(out);
+    const float* x = worker.engine.buffer(in, tokens);
+    float* y = worker.engine.buffer(out, tokens);
+    long first, last;
+    while (worker.next(0, heads, 1, first, last)) {
+        const float* rows = x + in_first + first * in_step;
+        Prepared prepared{rows, in_stride, {}, tokens == 1 ? 1L : 4L, tokens, cols};
+        if (weights[first].quantised())
+            prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), rows, in_stride, tokens, cols,
+                                           prepared.lanes, wide);
+        multiply(worker.ops, weights[first], prepared, 0, weights[first].tiles(), y + out_first + first * out_step,
+                 out_stride, false);
+    }
+}
+
+void Head::run(const Worker& worker) {
+    if (worker.step.outputs == 0) return;
+    const long cols = weight.cols, rows = worker.step.outputs;
+    const float* x = worker.engine.buffer(input.buffer, worker.step.tokens);
+    float* picked = worker.engine.scratch(worker.member, 1).array<float>(rows * cols);
+    // Every member prepares all rows: they are few next to the vocabulary.
+    for (long i = 0; i < rows; ++i) {
+        const float* row = x + worker.step.output_row[i] * cols;
+        worker.ops.rms_norm(row, cols, input.norm, input.eps, picked + i * cols, cols, 1, cols);
+    }
+    Prepared prepared{picked, cols, {}, rows == 1 ? 1L : 4L, rows, cols};
+    if (weight.quantised())
+        prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), picked, cols, rows, cols,
+                                       prepared.lanes, input.wide);
+    long first, last;
+    while (worker.next(0, weight.tiles(), worker.grain(weight.tiles()), first, last))
+        multiply(worker.ops, weight, prepared, first, last, worker.step.logits, weight.rows, false);
+}
+
+}  // namespace shoal

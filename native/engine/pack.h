@@ -1,0 +1,33 @@
+// From weights as files store them to the packed layout (include/shoal/packed.h).
+#pragma once
+#include "shoal/packed.h"
+
+namespace shoal {
+
+// How rows arrive. q8_0, q4_0, q4_1 and q4_k are GGUF's blocks; codes8 and codes4 are int8 codes with f32 scales a
+// group (any multiple of 32 columns), the form of compressed-tensors.
+enum class Source : int32_t { f32 = 0, bf16 = 1, f16 = 2, q8_0 = 3, q4_0 = 4, q4_1 = 5, q4_k = 6, codes = 7 };
+
+struct SourceRows {
+    Source kind;
+    const uint8_t* data;  // row-major, `row_bytes` apart
+    long row_bytes;
+    const float* scales = nullptr;  // codes: [rows, cols / group]
+    const float* minima = nullptr;  // codes with zero points: added after scaling, same shape; may be null
+    long group = 32;
+};
+
+// True if rows of this kind can be packed so. Float sources go into every packing (and are quantised on the way);
+// quantised ones keep their codes and go into the packing of their own width.
+bool can_pack(Source source, Packing packing);
+
+// Packs rows [0, rows) into `out` (PackedMatrix::bytes() bytes), using `threads` threads.
+void pack_rows(const SourceRows& source, long rows, long cols, Packing packing, uint8_t* out, int threads);
+
+// The inverse, for tests and for embedding look-ups: one row as f32.
+void unpack_row(const PackedMatrix& matrix, long row, float* out);
+
+float half_to_float(uint16_t half);
+uint16_t float_to_half(float value);
+
+}  // namespace shoal

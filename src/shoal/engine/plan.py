@@ -1,0 +1,207 @@
+"""The forward pass written down once: a list of operations over buffers, which the native executor replays.
+
+An MLA layer runs in absorbed form over the latent cache (DeepSeek-V2 §2.1.2): W_k^b carries queries into the latent
+space, scores and weighted sums are taken over the cached latents, and W_v^b brings the result back per head.
+
+Letters: T tokens of a step, D model, N heads, H nope, R rope, C latent, V value head, F hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal import positions
+from shoal.config import GQAConfig, MLAConfig, ModelConfig
+from shoal.engine.packing import pack_array, pack_tensor, packing_for
+from shoal.formats.checkpoint import Checkpoint
+from shoal.formats.layout import EXPERT_PARTS
+from shoal.kernels import native
+
+PAGE_TOKENS = 64
+LATENT_NORM_EPS = 1e-6  # the published networks use it for q_a and kv_a norms whatever rms_norm_eps says
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """The engine with its operations, and what the caller needs to size the cache."""
+
+    engine: native.Engine
+    config: ModelConfig
+    page_values: int  # cached values of 64 tokens in one layer
+    weight_bytes: int = 0
+
+
+@dataclass(kw_only=True)
+class _Writer:
+    checkpoint: Checkpoint
+    engine: native.Engine
+    scheme: str
+    threads: int
+    weight_bytes: int = 0
+    buffers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    def buffer(self, name: str, cols: int) -> int:
+        """A buffer shared by all layers under its name."""
+        if name not in self.buffers:
+            self.buffers[name] = self.engine.buffer(cols)
+        return self.buffers[name]
+
+    def matrix(self, name: str) -> native.Packed:
+        tensor = self.checkpoint.tensors[name]
+        packed = pack_tensor(tensor, packing_for(tensor, self.scheme), self.threads)
+        self.weight_bytes += packed.nbytes
+        return packed
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        return np.ascontiguousarray(self.checkpoint.tensors[name].read(), np.float32)
+
+    def vector(self, name: str) -> NDArray[np.float32] | None:
+        return self.array(name) if name in self.checkpoint.tensors else None
+
+
+def write_plan(checkpoint: Checkpoint, *, threads: int, scheme: str = "auto", wide: bool = False) -> Plan:
+    """Pack the weights and write the operations of one forward pass.
+
+    Args:
+        scheme: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack every large matrix.
+    """
+    checkpoint.check_complete()
+    config = checkpoint.config
+    out = _Writer(checkpoint=checkpoint, engine=native.Engine(threads, wide, wide), scheme=scheme, threads=threads)
+    hidden = out.buffer("hidden", config.hidden_size)
+    cosines, sines = (out.buffer(name, config.attention.rope_dim // 2) for name in ("cosines", "sines"))
+    table = out.matrix("model.embed_tokens.weight")
+    out.engine.embed(table, hidden)
+    factor = positions.attention_factor(config.rope.scaling)
+    frequencies = positions.frequencies(config.rope, config.attention.rope_dim)
+    out.engine.rope_table([float(f) for f in frequencies], factor, cosines, sines)
+    for layer in range(config.num_hidden_layers):
+        if isinstance(config.attention, MLAConfig):
+            _write_mla(out, config.attention, layer)
+        else:
+            _write_gqa(out, config.attention, layer)
+        _write_feed_forward(out, layer)
+    head = table if config.tie_word_embeddings else out.matrix("lm_head.weight")
+    out.engine.head(hidden, out.array("model.norm.weight"), config.rms_norm_eps, head)
+    page_values = PAGE_TOKENS * config.attention.cache_width
+    return Plan(engine=out.engine, config=config, page_values=page_values, weight_bytes=out.weight_bytes)
+
+
+def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
+    config, prefix = out.config, f"model.layers.{layer}.self_attn."
+    heads, nope, rope, latent = mla.num_attention_heads, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.kv_lora_rank
+    hidden, query = out.buffers["hidden"], out.buffer("query", heads * mla.qk_head_dim)
+    compressed = out.buffer("compressed", latent + rope)
+    norm = out.array(f"model.layers.{layer}.input_layernorm.weight")
+    down, down_bias = out.matrix(f"{prefix}kv_a_proj_with_mqa.weight"), out.vector(f"{prefix}kv_a_proj_with_mqa.bias")
+    if mla.q_lora_rank is None:
+        weights = [out.matrix(f"{prefix}q_proj.weight"), down]
+        out.engine.linear(hidden, norm, config.rms_norm_eps, weights, [None, down_bias], [query, compressed])
+    else:
+        low = out.buffer("query_low", mla.q_lora_rank)
+        weights = [out.matrix(f"{prefix}q_a_proj.weight"), down]
+        biases = [out.vector(f"{prefix}q_a_proj.bias"), down_bias]
+        out.engine.linear(hidden, norm, config.rms_norm_eps, weights, biases, [low, compressed])
+        low_norm = out.array(f"{prefix}q_a_layernorm.weight")
+        out.engine.linear(low, low_norm, LATENT_NORM_EPS, [out.matrix(f"{prefix}q_b_proj.weight")], [None], [query])
+    out.engine.cache_mla(
+        layer, query, heads, nope, rope, latent, compressed, out.array(f"{prefix}kv_a_layernorm.weight"),
+        LATENT_NORM_EPS, out.buffers["cosines"], out.buffers["sines"], config.rope.interleave,
+    )  # fmt: skip
+    up_keys, up_values = _absorbed(out, mla, f"{prefix}kv_b_proj.weight")
+    in_latent, weighted = out.buffer("query_latent", heads * latent), out.buffer("weighted", heads * latent)
+    values = out.buffer("values", heads * mla.v_head_dim)
+    out.engine.head_linear(up_keys, query, 0, mla.qk_head_dim, in_latent, 0, latent)
+    out.engine.attention(
+        layer, in_latent, latent, query, nope, mla.qk_head_dim, heads, 1, latent + rope, latent, True,
+        positions.softmax_scale(config.attention, config.rope), weighted,
+    )  # fmt: skip
+    out.engine.head_linear(up_values, weighted, 0, latent, values, 0, mla.v_head_dim)
+    _write_output(out, values, prefix)
+
+
+def _absorbed(out: _Writer, mla: MLAConfig, name: str) -> tuple[native.Packed, native.Packed]:
+    """W_k^b transposed [N, C, H] and W_v^b [N, V, C] from kv_b_proj: per head H rows of keys, then V of values."""
+    tensor = out.checkpoint.tensors[name]
+    per_head = mla.qk_nope_head_dim + mla.v_head_dim
+    both = out.array(name).reshape(mla.num_attention_heads, per_head, mla.kv_lora_rank)
+    packing = packing_for(tensor, out.scheme)
+    keys = pack_array(both[:, : mla.qk_nope_head_dim].transpose(0, 2, 1), packing, out.threads)
+    values = pack_array(both[:, mla.qk_nope_head_dim :], packing, out.threads)
+    out.weight_bytes += keys.nbytes + values.nbytes
+    return keys, values
+
+
+def _write_gqa(out: _Writer, gqa: GQAConfig, layer: int) -> None:
+    config, prefix = out.config, f"model.layers.{layer}.self_attn."
+    heads, kv_heads, width = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
+    query, attended = out.buffer("query", heads * width), out.buffer("values", heads * width)
+    key, value = out.buffer("key", kv_heads * width), out.buffer("value", kv_heads * width)
+    names = ("q_proj", "k_proj", "v_proj")
+    out.engine.linear(
+        out.buffers["hidden"], out.array(f"model.layers.{layer}.input_layernorm.weight"), config.rms_norm_eps,
+        [out.matrix(f"{prefix}{name}.weight") for name in names],
+        [out.vector(f"{prefix}{name}.bias") for name in names], [query, key, value],
+    )  # fmt: skip
+    out.engine.cache_gqa(
+        layer, query, key, value, heads, kv_heads, width,
+        out.vector(f"{prefix}q_norm.weight"), out.vector(f"{prefix}k_norm.weight"), config.rms_norm_eps,
+        out.buffers["cosines"], out.buffers["sines"], config.rope.interleave,
+    )  # fmt: skip
+    out.engine.attention(
+        layer,
+        query,
+        width,
+        -1,
+        0,
+        0,
+        heads,
+        kv_heads,
+        width,
+        width,
+        False,
+        positions.softmax_scale(config.attention, config.rope),
+        attended,
+    )
+    _write_output(out, attended, prefix)
+
+
+def _write_output(out: _Writer, attended: int, prefix: str) -> None:
+    weight, bias = out.matrix(f"{prefix}o_proj.weight"), out.vector(f"{prefix}o_proj.bias")
+    out.engine.linear(attended, None, 0.0, [weight], [bias], [out.buffers["hidden"]], True)
+
+
+def _write_feed_forward(out: _Writer, layer: int) -> None:
+    config, prefix = out.config, f"model.layers.{layer}.mlp."
+    norm = out.array(f"model.layers.{layer}.post_attention_layernorm.weight")
+    hidden = out.buffers["hidden"]
+    if not config.is_moe_layer(layer):
+        dense = [out.matrix(f"{prefix}{part}.weight") for part in EXPERT_PARTS]
+        out.engine.feed_forward(hidden, norm, config.rms_norm_eps, dense, None, None, [], {})
+        return
+    moe = config.moe
+    assert moe is not None
+    shared = (
+        [out.matrix(f"{prefix}shared_experts.{part}.weight") for part in EXPERT_PARTS] if moe.n_shared_experts else []
+    )
+    router = pack_array(out.array(f"{prefix}gate.weight"), "f32")
+    routing = {
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "n_group": 1 if moe.topk_method == "greedy" else moe.n_group,
+        "topk_group": moe.topk_group,
+        "sigmoid": moe.scoring_func == "sigmoid",
+        "top_two": moe.topk_method == "noaux_tc",
+        "normalise": moe.norm_topk_prob,
+        "scaling": moe.routed_scaling_factor,
+    }
+    out.engine.feed_forward(
+        hidden, norm, config.rms_norm_eps, shared, router, out.vector(f"{prefix}gate.e_score_correction_bias"),
+        [out.matrix(f"{prefix}experts.{part}.weight") for part in EXPERT_PARTS], routing,
+    )  # fmt: skip
