@@ -1,16 +1,10 @@
 """Shoal trains, reshapes, shrinks and serves DeepSeek-style language models on the hardware people already have:
 
-<<<<<<< HEAD
     import shoal
     llm = shoal.LLM("smollm2-135m")
     print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
 
 Importing it loads neither the engine nor torch.
-=======
-import shoal
-llm = shoal.LLM("smollm2-135m")
-print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
->>>>>>> engine
 """
 
 from __future__ import annotations

@@ -83,11 +83,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-<<<<<<< HEAD
-    """Rotary positions. `interleave`: pairs are (x0, x1), (x2, x3)… as in DeepSeek; else (x0, x_half)… as in Llama."""
-=======
     """Rotary positions. `interleave`: pairs are (x0, x1), (x2, x3) … (DeepSeek); else (x0, x_half) … (Llama)."""
->>>>>>> engine
 
     rope_theta: float = 10000.0
     scaling: RopeScaling | None = None
@@ -214,23 +210,13 @@ class MoEConfig:
         if self.topk_group > self.n_group:
             raise ConfigError("topk_group", f"{self.topk_group} exceeds the {self.n_group} groups")
         per_group = self.n_routed_experts // self.n_group
-        eligible = self.topk_group * per_group
-        if self.num_experts_per_tok > eligible:
+        if self.num_experts_per_tok > self.topk_group * per_group:
             raise ConfigError(
                 "num_experts_per_tok",
-<<<<<<< HEAD
-                f"{self.num_experts_per_tok} exceeds the {eligible} experts of {self.topk_group} groups",
-            )
-        if self.topk_method == "noaux_tc" and per_group < 2 and self.n_group > 1:
-            raise ConfigError(
-                "n_group", f"{self.n_group} groups of one expert: noaux_tc scores a group by its two best"
-            )
-=======
                 f"{self.num_experts_per_tok} exceeds the experts of {self.topk_group} groups of {per_group}",
             )
         if self.topk_method == "noaux_tc" and per_group < 2 and self.n_group > 1:
             raise ConfigError("n_group", f"{self.n_group} groups of one expert; noaux_tc looks at a group's two best")
->>>>>>> engine
 
     @property
     def has_selection_bias(self) -> bool:

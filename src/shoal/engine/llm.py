@@ -205,29 +205,12 @@ class LLM:
         finish = "stop" if stops.stopped or running.finish is None else running.finish
         yield Chunk(text=tail, finish_reason=finish, stats=stats)
 
-<<<<<<< HEAD
-    def _mask_padding(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embedding tables are often padded past the tokenizer's last id; those rows may never be chosen."""
-        known = self.tokenizer.vocab_size
-        if known < logits_V.size:
-            logits_V = logits_V.copy()
-            logits_V[known:] = -np.inf
-        return logits_V
-
-    def _logprobs(self, params: SamplingParams, logits_V: NDArray[np.float32], token: int) -> tuple[TokenLogprob, ...]:
-=======
     def _logprobs(self, params: SamplingParams, out: Produced) -> tuple[TokenLogprob, ...]:
->>>>>>> engine
         if params.logprobs is None:
             return ()
         to_bytes = self.tokenizer.token_bytes
-<<<<<<< HEAD
-        top = tuple((i, to_bytes(i), float(logprobs_V[i])) for i in likeliest(logprobs_V, params.logprobs))
-        return (TokenLogprob(token_id=token, text_bytes=to_bytes(token), logprob=float(logprobs_V[token]), top=top),)
-=======
         top = tuple((token, to_bytes(token), logprob) for token, logprob in out.top)
         return (TokenLogprob(token_id=out.token, text_bytes=to_bytes(out.token), logprob=out.logprob, top=top),)
->>>>>>> engine
 
 
 def _resolve(model: str | Path) -> Path:

@@ -42,15 +42,10 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-<<<<<<< HEAD
-    """One streamed piece. Text may lag behind tokens (split characters, possible stop strings); the last chunk, and
-    only it, carries `finish_reason` (`stop`: end-of-text or stop string; `length`: max_tokens or context) and stats."""
-=======
     """One streamed piece. Text may lag behind tokens (split characters, possible stop strings).
 
     The last chunk, and only it, carries `stats` and `finish_reason` (`stop`: end-of-text or stop string; `length`:
     max_tokens or context)."""
->>>>>>> engine
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -61,11 +56,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-<<<<<<< HEAD
-    """A finished generation. Where an end-of-text token ended it, the token is neither in `text` nor in `token_ids`."""
-=======
     """A finished generation. An end-of-text token that ended it is neither in `text` nor in `token_ids`."""
->>>>>>> engine
 
     text: str
     token_ids: tuple[int, ...]
