@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +401,7 @@ BOMBS = [
     "{{ ('a' * 9999 * 9999) | length }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "{% set r = range(9999) | list %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
     "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
     "{% set x %}{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endset %}",
     "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
@@ -460,6 +462,30 @@ def test_hostile_templates_fail_when_they_are_loaded(source):
     ):
         assert isinstance(error.value, FileError)
         assert "model/chat_template.jinja: chat_template" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set n = namespace(x='a') %}{% for i in range(27) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(27) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+        "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='a') %}{% for i in range(27) %}{% set n.x = f(n.x) %}{% endfor %}",
+        "{% set n = namespace(x=['a' * 9999]) %}{% for i in range(13) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=['a' * 9999]) %}{% for i in range(13) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x ~ '' }}",
+        "{% set n = namespace(x=['a' * 9999]) %}{% for i in range(13) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | tojson }}",
+        "{% set n = namespace(x=['a' * 9999]) %}{% for i in range(13) %}{% set n.x = n.x + n.x %}{% endfor %}{{ '%s' % (n.x,) }}",
+        "{% set n = namespace(x=['a' * 9999]) %}{% for i in range(13) %}{% set n.x = n.x + n.x %}{% endfor %}{{ '{}'.format(n.x) }}",
+        "{% set n = namespace(x=['a' * 9999]) %}{% for i in range(13) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | map('upper') | join }}",
+    ],
+)
+def test_no_value_beyond_the_limit_is_made_even_for_a_moment(source):
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileError, match="makes a value of more than|units of work"):
+            chat_from_template(source, limits=TemplateLimits(output_chars=1 << 20, work=1 << 24))
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_default_limits_leave_room_for_a_long_conversation():

@@ -49,7 +49,7 @@ class Sampler:
         penalised = params.presence_penalty or params.frequency_penalty
         if not (penalised or params.repetition_penalty != 1.0 or self._bias_ids.size):
             return logits_V
-        out_V: Floats = logits_V.copy()
+        out_V = logits_V.copy()
         if params.repetition_penalty != 1.0:
             seen = out_V[self._seen]
             factor = params.repetition_penalty
@@ -67,14 +67,9 @@ _NEAR = -15.0
 
 
 def cut(logits_V: Floats, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-<<<<<<< HEAD
-    """Token ids that survive temperature, top-k, top-p and min-p, likeliest first, with weights (not normalised)."""
-    ids: NDArray[np.int64]
-=======
     """Token ids that survive temperature, top-k, top-p and min-p with their weights (not normalised).
 
     Likeliest first where a cut needs the order, by id otherwise; the same logits always give the same arrays."""
->>>>>>> engine
     if 0 < params.top_k < logits_V.size:
         ids = _best(logits_V, params.top_k)
     else:

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""A model on disk, whatever its format: configuration, lazily read tensors in Shoal's names, tokenizer, chat format."""
-=======
 """A model on disk in any format: configuration, lazily read tensors under Shoal's names, tokenizer, chat format."""
->>>>>>> engine
 
 from __future__ import annotations
 
@@ -94,16 +90,8 @@ class Checkpoint:
             if tensor is None:
                 raise FileError(self.path, "is missing; the configuration asks for it", item=name)
             if tensor.shape != shape:
-<<<<<<< HEAD
-                raise FileError(
-                    tensor.source,
-                    f"has shape {list(tensor.shape)}, the configuration asks for {list(shape)}",
-                    item=name,
-                )
-=======
                 problem = f"has shape {list(tensor.shape)}, the configuration asks for {list(shape)}"
                 raise FileError(tensor.source, problem, item=name)
->>>>>>> engine
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
