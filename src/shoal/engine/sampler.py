@@ -69,7 +69,7 @@ class Sampler:
         if self._counts_V is None and self._seen_V is None and not self._bias_ids.size:
             return logits_V
         params = self._params
-        out_V = logits_V.copy()
+        out_V: Floats = logits_V.copy()
         if self._seen_V is not None:
             seen = out_V[self._seen_V]
             factor = np.float32(params.repetition_penalty)
