@@ -140,7 +140,7 @@ def test_a_full_cache(kind: tuple[Checkpoint, dict[str, Any]], params: SamplingP
 def test_a_cancelled_neighbour_with_the_same_prefix(
     kind: tuple[Checkpoint, dict[str, Any]], when: int, opened: Callable[..., LLM]
 ) -> None:
-    """Users' case 27: of two requests that share a prefix one is cancelled; the other's bits are those of a solo run."""
+    """Of two requests that share a prefix one is cancelled; the other's bits are those of a solo run."""
     checkpoint, options = kind
     start = some_tokens(130)
     first, second = start + some_tokens(11, seed=2), start + some_tokens(12, seed=3)

@@ -76,7 +76,9 @@ def write_plan(checkpoint: Checkpoint, *, threads: int, scheme: str = "auto", wi
     checkpoint.check_complete()
     config = checkpoint.config
     if config.mlp_bias:
-        raise ConfigError("mlp_bias", "is true, which the engine does not support: its feed-forward layers add no biases")
+        raise ConfigError(
+            "mlp_bias", "is true, which the engine does not support: its feed-forward layers add no biases"
+        )
     out = _Writer(checkpoint=checkpoint, engine=native.Engine(threads, wide, wide), scheme=scheme, threads=threads)
     hidden = out.buffer("hidden", config.hidden_size)
     cosines, sines = (out.buffer(name, config.attention.rope_dim // 2) for name in ("cosines", "sines"))

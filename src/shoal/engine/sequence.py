@@ -107,7 +107,13 @@ class Sequence:
             self._grams[tuple(tokens[end - gram : end])] = end
         self._indexed = len(tokens)
         at = self._grams.get(tuple(tokens[-gram:])) if len(tokens) >= gram else None
-        return tokens[at : at + limit] if at is not None else []
+        if at is None:
+            return []
+        out = tokens[at : at + limit]
+        period = len(tokens) - at
+        while len(out) < limit:  # the match runs into the end: what repeats goes on repeating
+            out.append(out[-period])
+        return out
 
     def accept(self, produced: Produced) -> bool:
         """Take a chosen token; False once the sequence is finished."""
