@@ -7,6 +7,7 @@ compared with transformers itself. Nothing here needs a file.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,28 @@ def assert_idle(llm: LLM) -> None:
     """Nothing runs or waits, and every page is free."""
     check_books(llm)
     assert (llm.load.running, llm.load.waiting, llm.load.pages_in_use) == (0, 0, 0)
+
+
+class Gate:
+    """Stands before the native engine: counts steps, may hold them from a certain one on, or make them fail."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._engine = llm._core._engine
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+        self.open.set()
+        self.steps = 0
+        self.hold_from = 1
+        self.fails: Exception | None = None
+        llm._core._engine = self  # type: ignore[assignment]
+
+    def run(self, *arrays: Any) -> None:
+        self.steps += 1
+        self.entered.release()
+        assert self.steps < self.hold_from or self.open.wait(10)
+        if self.fails is not None:
+            raise self.fails
+        self._engine.run(*arrays)
 
 
 @pytest.fixture(scope="module")
