@@ -117,6 +117,16 @@ class PlanEngine {
         put(std::move(op), false);
     }
 
+    void look_ahead(const Packed& table, long states, Floats embed_norm, Floats final_norm, Floats state_norm, float eps,
+                    long out) {
+        auto op = std::make_unique<shoal::LookAhead>();
+        require(engine_.buffer_cols(out) == 2 * table.matrix.cols, "out holds an embedding and a state");
+        op->table = hold(table);
+        op->embed_norm = hold(embed_norm), op->final_norm = hold(final_norm), op->state_norm = hold(state_norm);
+        op->eps = eps, op->states = states, op->out = out;
+        put(std::move(op), true);
+    }
+
     void rope_table(const std::vector<float>& inverse_frequency, float factor, long cosines, long sines) {
         auto op = std::make_unique<shoal::RopeTable>();
         op->inverse_frequency = inverse_frequency;
@@ -219,17 +229,35 @@ class PlanEngine {
         put(std::move(op), false);
     }
 
-    // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled.
-    void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits) {
+    // The operations written from here on belong to this program.
+    void program(size_t number) { program_ = number; }
+
+    // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled. `source`
+    // is for programs that look ahead: the rows of the last step of program 0 that they continue.
+    void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits, size_t program,
+             std::optional<Ints> source) {
         require(token.size() > 0 && token.size() == position.size(), "one position a token");
         require(first_row.size() == pages.shape(0) + 1, "one row range a sequence");
         require(long(logits.shape(0)) == long(output_row.size()) && long(logits.shape(1)) == vocabulary_,
                 "logits has the wrong shape");
-        const shoal::Step step{long(token.size()), token.data(), position.data(),      long(pages.shape(0)),
-                               first_row.data(),   pages.data(), long(pages.shape(1)), long(output_row.size()),
-                               output_row.data(),  logits.data()};
+        require((program == 0) == !source, "programs that look ahead need source rows, and only they");
+        if (program == 0) rows_ = long(token.size());
+        for (size_t i = 0; source && i < token.size(); ++i)
+            require(source->size() == token.size() && source->data()[i] >= 0 && source->data()[i] < rows_, "no such source row");
+        shoal::Step step;
+        step.tokens = long(token.size());
+        step.token = token.data();
+        step.position = position.data();
+        step.source = source ? source->data() : nullptr;
+        step.sequences = long(pages.shape(0));
+        step.first_row = first_row.data();
+        step.pages = pages.data();
+        step.max_pages = long(pages.shape(1));
+        step.outputs = long(output_row.size());
+        step.output_row = output_row.data();
+        step.logits = logits.data();
         nb::gil_scoped_release unlocked;
-        engine_.run(step);
+        engine_.run(program, step);
     }
 
   private:
@@ -244,14 +272,16 @@ class PlanEngine {
     const float* hold(const std::optional<Floats>& floats) { return floats ? hold(*floats) : nullptr; }
     void put(std::unique_ptr<shoal::Operation> op, bool barrier) {
         op->barrier_after = barrier;
-        engine_.add(std::move(op));
+        engine_.add(program_, std::move(op));
     }
 
     shoal::Engine engine_;
     std::vector<Bytes> memory_;
     std::vector<Floats> floats_;
     bool wide_, wide_experts_;  // 16-bit activations
+    size_t program_ = 0;
     long vocabulary_ = 0;
+    long rows_ = 0;  // of the last step of program 0
 };
 
 }  // namespace
@@ -280,6 +310,9 @@ void shoal_bind_engine(nb::module_& m) {
         .def("buffer", &PlanEngine::buffer, "cols"_a)
         .def("cache", &PlanEngine::cache, "layers"_a, "page_values"_a, "bf16"_a, "pages"_a)
         .def("embed", &PlanEngine::embed, "table"_a, "out"_a)
+        .def("program", &PlanEngine::program, "number"_a)
+        .def("look_ahead", &PlanEngine::look_ahead, "table"_a, "states"_a, "embed_norm"_a, "final_norm"_a, "state_norm"_a,
+             "eps"_a, "out"_a)
         .def("rope_table", &PlanEngine::rope_table, "inverse_frequency"_a, "factor"_a, "cosines"_a, "sines"_a)
         .def("linear", &PlanEngine::linear, "input"_a, "norm"_a.none(), "eps"_a, "weights"_a, "biases"_a, "outs"_a,
              "add_to"_a = false)
@@ -296,5 +329,6 @@ void shoal_bind_engine(nb::module_& m) {
              "bias"_a.none(), "routed"_a, "routing"_a)
         .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a)
         .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
-             "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert());
+             "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert(), "program"_a = 0,
+             "source"_a.noconvert() = nb::none());
 }

@@ -85,18 +85,24 @@ uint8_t* Engine::cache_page(long page, long layer) const {
     return const_cast<Scratch&>(cache_).bytes(0) + (size_t(page) * cache_layers_ + layer) * page_bytes_;
 }
 
-void Engine::run(const Step& step) {
-    if (counters_.size() != operations_.size() * kMaxStages)
-        counters_ = std::vector<std::atomic<long>>(operations_.size() * kMaxStages);
-    for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+void Engine::add(size_t program, std::unique_ptr<Operation> operation) {
+    if (programs_.size() <= program) programs_.resize(program + 1);
+    programs_[program].operations.push_back(std::move(operation));
+}
+
+void Engine::run(size_t program, const Step& step) {
+    auto& [operations, counters] = programs_.at(program);
+    if (counters.size() != operations.size() * kMaxStages)
+        counters = std::vector<std::atomic<long>>(operations.size() * kMaxStages);
+    for (auto& counter : counters) counter.store(0, std::memory_order_relaxed);
     // Buffers grow here, before the team starts: their addresses must not move under a running step.
     for (size_t id = 0; id < buffers_.size(); ++id) buffer(long(id), step.tokens);
-    for (auto& operation : operations_) operation->reserve(*this, step);
+    for (auto& operation : operations) operation->reserve(*this, step);
     const Ops& table = shoal::ops();
     team_.run([&](int member) {
-        for (size_t i = 0; i < operations_.size(); ++i) {
-            operations_[i]->run({*this, step, table, member, &counters_[i * kMaxStages]});
-            if (operations_[i]->barrier_after) team_.barrier();
+        for (size_t i = 0; i < operations.size(); ++i) {
+            operations[i]->run({*this, step, table, member, &counters[i * kMaxStages]});
+            if (operations[i]->barrier_after) team_.barrier();
         }
     });
 }

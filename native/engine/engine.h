@@ -22,6 +22,7 @@ struct Step {
     long tokens = 0;
     const int32_t* token = nullptr;     // [T]
     const int32_t* position = nullptr;  // [T]
+    const int32_t* source = nullptr;    // [T]: rows of an earlier step's states (MTP programs); else null
     long sequences = 0;
     const int32_t* first_row = nullptr;  // [sequences + 1]
     const int32_t* pages = nullptr;      // [sequences, max_pages]: cache pages in the order of positions
@@ -113,8 +114,10 @@ class Engine {
     bool cache_bf16() const { return cache_bf16_; }
     size_t cache_bytes() const { return cache_bytes_; }
 
-    void add(std::unique_ptr<Operation> operation) { operations_.push_back(std::move(operation)); }
-    void run(const Step& step);
+    // Programs are lists of operations over the same buffers, weights and cache: 0 is the main network, the others the
+    // layers that guess further ahead.
+    void add(size_t program, std::unique_ptr<Operation> operation);
+    void run(size_t program, const Step& step);
     void barrier() { team_.barrier(); }
     Scratch& scratch(int member, int slot) { return scratch_[member * 8 + slot]; }
     QuantBuffer& quant(int member, int slot = 0) { return quant_[member * 2 + slot]; }
@@ -126,8 +129,11 @@ class Engine {
     };
     Team team_;
     std::vector<Buffer> buffers_;
-    std::vector<std::unique_ptr<Operation>> operations_;
-    std::vector<std::atomic<long>> counters_;
+    struct Program {
+        std::vector<std::unique_ptr<Operation>> operations;
+        std::vector<std::atomic<long>> counters;
+    };
+    std::vector<Program> programs_;
     std::vector<Scratch> scratch_;
     std::vector<QuantBuffer> quant_;
     Scratch cache_;

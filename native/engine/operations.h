@@ -13,6 +13,16 @@ struct Embed final : Operation {
     void run(const Worker& worker) override;
 };
 
+// out[t] = [norm(row token[t] of the table); norm(norm(states[source[t]]))]: what an MTP layer starts from. The states are
+// the main network's before its final norm.
+struct LookAhead final : Operation {
+    PackedMatrix table;
+    const float *embed_norm, *final_norm, *state_norm;
+    float eps;
+    long states, out;
+    void run(const Worker& worker) override;
+};
+
 // Cosines and sines of the step's positions, [T, R / 2] each, used by every layer.
 struct RopeTable final : Operation {
     std::vector<float> inverse_frequency;  // [R / 2]
