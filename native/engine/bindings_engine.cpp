@@ -105,8 +105,13 @@ class PlanEngine {
 
     int threads() const { return engine_.threads(); }
     long buffer(long cols) { return engine_.add_buffer(cols); }
-    void cache(long layers, long page_values, bool bf16, long pages) {
-        engine_.set_cache(layers, page_values, bf16, pages);
+    // A page holds, for 64 tokens, a row of each of these widths: the latent, or every head's key and value.
+    void cache(long layers, const std::vector<long>& widths, int type, long pages) {
+        require(type >= 0 && type <= 2, "no such cache type");
+        long bytes = 0;
+        for (const long width : widths)
+            bytes += shoal::kPageTokens * shoal::cache_row_bytes(shoal::CacheType(type), width);
+        engine_.set_cache(layers, bytes, shoal::CacheType(type), pages);
     }
     size_t cache_bytes() const { return engine_.cache_bytes(); }
 
@@ -117,8 +122,8 @@ class PlanEngine {
         put(std::move(op), false);
     }
 
-    void look_ahead(const Packed& table, long states, Floats embed_norm, Floats final_norm, Floats state_norm, float eps,
-                    long out) {
+    void look_ahead(const Packed& table, long states, Floats embed_norm, Floats final_norm, Floats state_norm,
+                    float eps, long out) {
         auto op = std::make_unique<shoal::LookAhead>();
         require(engine_.buffer_cols(out) == 2 * table.matrix.cols, "out holds an embedding and a state");
         op->table = hold(table);
@@ -232,10 +237,10 @@ class PlanEngine {
     // The operations written from here on belong to this program.
     void program(size_t number) { program_ = number; }
 
-    // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled. `source`
-    // is for programs that look ahead: the rows of the last step of program 0 that they continue.
-    void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits, size_t program,
-             std::optional<Ints> source) {
+    // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled.
+    // `source` is for programs that look ahead: the rows of the last step of program 0 that they continue.
+    void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits,
+             size_t program, std::optional<Ints> source) {
         require(token.size() > 0 && token.size() == position.size(), "one position a token");
         require(first_row.size() == pages.shape(0) + 1, "one row range a sequence");
         require(long(logits.shape(0)) == long(output_row.size()) && long(logits.shape(1)) == vocabulary_,
@@ -243,7 +248,8 @@ class PlanEngine {
         require((program == 0) == !source, "programs that look ahead need source rows, and only they");
         if (program == 0) rows_ = long(token.size());
         for (size_t i = 0; source && i < token.size(); ++i)
-            require(source->size() == token.size() && source->data()[i] >= 0 && source->data()[i] < rows_, "no such source row");
+            require(source->size() == token.size() && source->data()[i] >= 0 && source->data()[i] < rows_,
+                    "no such source row");
         shoal::Step step;
         step.tokens = long(token.size());
         step.token = token.data();
@@ -308,11 +314,11 @@ void shoal_bind_engine(nb::module_& m) {
         .def_prop_ro("threads", &PlanEngine::threads)
         .def_prop_ro("cache_bytes", &PlanEngine::cache_bytes)
         .def("buffer", &PlanEngine::buffer, "cols"_a)
-        .def("cache", &PlanEngine::cache, "layers"_a, "page_values"_a, "bf16"_a, "pages"_a)
+        .def("cache", &PlanEngine::cache, "layers"_a, "widths"_a, "type"_a, "pages"_a)
         .def("embed", &PlanEngine::embed, "table"_a, "out"_a)
         .def("program", &PlanEngine::program, "number"_a)
-        .def("look_ahead", &PlanEngine::look_ahead, "table"_a, "states"_a, "embed_norm"_a, "final_norm"_a, "state_norm"_a,
-             "eps"_a, "out"_a)
+        .def("look_ahead", &PlanEngine::look_ahead, "table"_a, "states"_a, "embed_norm"_a, "final_norm"_a,
+             "state_norm"_a, "eps"_a, "out"_a)
         .def("rope_table", &PlanEngine::rope_table, "inverse_frequency"_a, "factor"_a, "cosines"_a, "sines"_a)
         .def("linear", &PlanEngine::linear, "input"_a, "norm"_a.none(), "eps"_a, "weights"_a, "biases"_a, "outs"_a,
              "add_to"_a = false)

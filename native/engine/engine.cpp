@@ -1,6 +1,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -73,12 +74,38 @@ float* Engine::buffer(long id, long tokens) {
     return buffers_[id].memory->array<float>(size_t(tokens) * buffers_[id].cols);
 }
 
-void Engine::set_cache(long layers, long page_values, bool bf16, long pages) {
+void Engine::set_cache(long layers, long page_bytes, CacheType type, long pages) {
     cache_layers_ = layers;
-    cache_bf16_ = bf16;
-    page_bytes_ = size_t(round_up(page_values * (bf16 ? 2 : 4), 64));
+    cache_type_ = type;
+    page_bytes_ = size_t(round_up(page_bytes, 64));
     cache_bytes_ = page_bytes_ * layers * pages;
     cache_.bytes(cache_bytes_);
+}
+
+void store_cache_row(CacheType type, void* at, const float* values, long width) {
+    if (type == CacheType::f32) {
+        std::memcpy(at, values, width * sizeof(float));
+        return;
+    }
+    if (type == CacheType::bf16) {
+        auto* out = static_cast<uint16_t*>(at);
+        for (long i = 0; i < width; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, &values[i], 4);
+            out[i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+        }
+        return;
+    }
+    auto* codes = static_cast<int8_t*>(at);
+    uint8_t* scales = static_cast<uint8_t*>(at) + round_up(width, 4);
+    for (long first = 0; first < width; first += kCacheGroup) {
+        const long last = std::min(first + kCacheGroup, width);
+        float largest = 0;
+        for (long i = first; i < last; ++i) largest = std::max(largest, std::fabs(values[i]));
+        const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        for (long i = first; i < last; ++i) codes[i] = int8_t(std::nearbyint(values[i] * inverse));
+        std::memcpy(scales + first / kCacheGroup * 4, &scale, 4);
+    }
 }
 
 uint8_t* Engine::cache_page(long page, long layer) const {

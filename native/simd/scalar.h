@@ -99,6 +99,7 @@ SHOAL_INLINE I32 round_i32(F32 v) {  // adding 1.5 * 2^23 leaves the whole numbe
 }
 SHOAL_INLINE void store_codes(int8_t* p, I32 v) { *p = static_cast<int8_t>(v); }
 SHOAL_INLINE I32 iadd(I32 a, I32 b) { return a + b; }
+SHOAL_INLINE I32 load_codes(const int8_t* p) { return *p; }
 SHOAL_INLINE F32 load_f16(const uint16_t* p) { return f16_to_f32(read<uint16_t>(p)); }
 
 // bf16 products without an instruction for them: the two halves of every pair as f32, two multiply-adds.

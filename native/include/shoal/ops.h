@@ -57,6 +57,11 @@ struct Ops {
     void (*matmul_f)(int32_t packing, const uint8_t* tiles, int64_t count, int64_t cols, int64_t rows, const float* x,
                      int64_t x_stride, int64_t tokens, float* y, int64_t y_stride, bool add_to);
 
+    // Cached int8 rows to bf16 [rows, width]: a row of `row_bytes` holds its codes and, from `scales_at` on, an f32
+    // scale for every 64 of them.
+    void (*widen_rows)(const uint8_t* x, int64_t row_bytes, int64_t scales_at, int64_t rows, int64_t width,
+                       uint16_t* y);
+
     // Folds one block of keys into a running softmax: top, total [16] and out [num_queries, value_width], which start
     // at -1e30, 0 and 0. The result is out / total.
     void (*attend)(const AttendRun* run, float* top, float* total, float* out);

@@ -22,6 +22,7 @@ from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint
 
 STEP_TOKENS = 512
+CACHES = {"f32": 0, "bf16": 1, "int8": 2}
 SCORE_ROWS = 128  # rows of logits held at once when every position is scored
 
 
@@ -32,7 +33,7 @@ class Core:
         threads: team size; all processors that this process may use if None.
         weights: `auto` or a packing (`engine.packing`).
         activations: `int8`, `int16` or `auto`: what rows become where they meet quantised weights.
-        cache: `bf16` or `f32`.
+        cache: `bf16`, `int8` (64 values to a scale) or `f32`.
         cache_tokens: how many tokens the cache holds over all sequences.
         known_ids: ids from here on are padding of the embedding table and are never chosen.
     """
@@ -49,13 +50,13 @@ class Core:
         max_running: int = 64,
         known_ids: int | None = None,
     ) -> None:
-        if cache not in ("bf16", "f32"):
-            raise ConfigError("cache", f"{cache!r} is not one of bf16, f32")
+        if cache not in CACHES:
+            raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
         config = checkpoint.config
         self.threads = threads or len(os.sched_getaffinity(0))
         plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=_wide(activations, config))
         pages = -(-cache_tokens // PAGE_TOKENS)
-        plan.engine.cache(config.num_hidden_layers, plan.page_values, cache == "bf16", pages)
+        plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes
         self.cache_bytes = plan.engine.cache_bytes
         self.vocab_size = config.vocab_size

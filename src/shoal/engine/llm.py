@@ -33,7 +33,7 @@ class LLM:
         threads: CPU threads; every processor that this process may use if None.
         weights: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack the large matrices.
         activations: `int8` or `int16` where they meet quantised weights; `auto` chooses by the kind of model.
-        cache: `bf16` or `f32`, the precision of the attention cache.
+        cache: `bf16`, `int8` or `f32`, the precision of the attention cache.
         cache_tokens: tokens that the cache holds over all running requests; at least one whole context.
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
 

@@ -30,7 +30,7 @@ class Plan:
 
     engine: native.Engine
     config: ModelConfig
-    page_values: int  # cached values of 64 tokens in one layer
+    cache_widths: list[int]  # of the rows that a token caches in a layer: the latent, or every head's key and value
     cache_layers: int  # layers that cache: the main ones and, if it guesses ahead, one more
     looks_ahead: bool  # program 1 is the first multi-token-prediction layer
     weight_bytes: int = 0
@@ -99,11 +99,18 @@ def write_plan(
     return Plan(
         engine=out.engine,
         config=config,
-        page_values=PAGE_TOKENS * config.attention.cache_width,
+        cache_widths=_cache_widths(config),
         cache_layers=config.num_hidden_layers + looks_ahead,
         looks_ahead=looks_ahead,
         weight_bytes=out.weight_bytes,
     )
+
+
+def _cache_widths(config: ModelConfig) -> list[int]:
+    attention = config.attention
+    if isinstance(attention, MLAConfig):
+        return [attention.cache_width]
+    return [attention.head_dim] * (2 * attention.num_key_value_heads)
 
 
 def _write_rope_table(out: _Writer) -> None:
