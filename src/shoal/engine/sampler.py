@@ -49,7 +49,7 @@ class Sampler:
         penalised = params.presence_penalty or params.frequency_penalty
         if not (penalised or params.repetition_penalty != 1.0 or self._bias_ids.size):
             return logits_V
-        out_V = logits_V.copy()
+        out_V: Floats = logits_V.copy()
         if params.repetition_penalty != 1.0:
             seen = out_V[self._seen]
             factor = params.repetition_penalty
