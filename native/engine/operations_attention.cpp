@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "engine/operations.h"
+#include "engine/pack.h"
 
 namespace shoal {
 namespace {
@@ -13,19 +14,13 @@ constexpr long kChunkPages = 4;
 constexpr long kChunk = kChunkPages * kPageTokens;
 constexpr long kLaneState = 32;  // top and total of 16 lanes, in front of the rows
 
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 void store_cache(void* at, const float* values, long count, bool bf16) {
     if (!bf16) {
         std::memcpy(at, values, count * sizeof(float));
         return;
     }
     auto* out = static_cast<uint16_t*>(at);
-    for (long i = 0; i < count; ++i) out[i] = to_bf16(values[i]);
+    for (long i = 0; i < count; ++i) out[i] = float_to_bf16(values[i]);
 }
 
 // Rotates pairs (x0, x1), (x2, x3) … or (x0, x_half) …; the result keeps the pairs' places.
@@ -156,7 +151,7 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
         for (long k = 0; k < key_width; ++k) {
             const float value = (k < own_width ? own[k] : rest[k]) * scale;
             if (bf16)
-                static_cast<uint16_t*>(packed)[(k / 2 * 16 + lane) * 2 + k % 2] = to_bf16(value);
+                static_cast<uint16_t*>(packed)[(k / 2 * 16 + lane) * 2 + k % 2] = float_to_bf16(value);
             else
                 static_cast<float*>(packed)[k * 16 + lane] = value;
         }

@@ -1,4 +1,7 @@
 // Activations to int8: one scale for 32 values, the largest of them becoming 127. See ops.h for shapes.
+//
+// No step is left to the instruction set (one division, one product and one rounding a value), so every table gives the
+// same bits.
 #pragma once
 
 #include "simd/common.h"
@@ -6,29 +9,34 @@
 namespace shoal::SHOAL_ISA {
 namespace {
 
+// Groups of smaller values count as zeros: 127 / largest would overflow.
+constexpr float kSmallestGroup = 1e-36f;
+
+// The largest magnitude of n <= 32 values; NaN if one of them is not finite, so that a fault upstream stays visible.
 SHOAL_INLINE float largest_of_group(const float* x, int64_t n) {
-    F32 top = zero();
+    F32 top = zero(), faults = zero();
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
         const F32 v = load(x + i);
         top = max(top, max(v, sub(zero(), v)));
+        faults = fma(v, zero(), faults);
     }
-    float largest = max_of(top);
-    for (; i < n; ++i) {
-        const float magnitude = x[i] < 0.0f ? -x[i] : x[i];
-        largest = magnitude > largest ? magnitude : largest;
+    if (i < n) {
+        const F32 v = load_n(x + i, static_cast<int>(n - i));
+        top = max(top, max(v, sub(zero(), v)));
+        faults = fma(v, zero(), faults);
     }
-    return largest;
+    return max_of(top) + sum(faults);
 }
 
-// Rounds to nearest even by adding 1.5 * 2^23, whose bits then hold the whole number: no conversion instruction, so the
+// Rounds to nearest even by adding 1.5 * 2^23, whose lowest byte then is the code: no conversion instruction, so the
 // loop vectorises on every instruction set.
 SHOAL_INLINE int32_t quantise_group(const float* x, int64_t n, float inverse, int8_t* codes) {
     int32_t total = 0;
     for (int64_t k = 0; k < n; ++k) {
-        const float shifted = x[k] * inverse + 12582912.0f;
-        const int32_t code = __builtin_bit_cast(int32_t, shifted) - 0x4B400000;
-        codes[k] = static_cast<int8_t>(code);
+        const float shifted = read<float>(x + k) * inverse + 12582912.0f;
+        const int8_t code = static_cast<int8_t>(__builtin_bit_cast(uint32_t, shifted));
+        codes[k] = code;
         total += code;
     }
     for (int64_t k = n; k < 32; ++k) {
@@ -50,14 +58,14 @@ void quantize_rows(const float* const* x, int64_t rows, int64_t cols, int64_t la
             alignas(64) int8_t group[32];
             const float* x_G = n > 0 ? x[row] + g * 32 : nullptr;
             const float largest = n > 0 ? largest_of_group(x_G, n) : 0.0f;
-            const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-            scales[at + g * lanes + lane] = largest / 127.0f;
+            const float inverse = largest >= kSmallestGroup ? 127.0f / largest : 0.0f;
+            const float scale = largest / 127.0f;
+            scales[at + g * lanes + lane] = scale;
             sums[at + g * lanes + lane] =
                 n == 32 ? quantise_group(x_G, 32, inverse, group) : quantise_group(x_G, n, inverse, group);
             if (rest != nullptr) {
-                const float scale = largest / 127.0f;
                 for (int64_t k = 0; k < n; ++k) {
-                    rest[row * cols + g * 32 + k] = x_G[k] - scale * static_cast<float>(group[k]);
+                    rest[row * cols + g * 32 + k] = read<float>(x_G + k) - scale * static_cast<float>(group[k]);
                 }
             }
             for (int64_t step = 0; step < 8; ++step) {
