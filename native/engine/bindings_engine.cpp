@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -46,6 +47,37 @@ Packed make_packed(int packing, long rows, long cols, Bytes memory, long count) 
     return {{Packing(packing), rows, cols, memory.data()}, count, std::move(memory)};
 }
 
+// Bytes of a row of `cols` columns, 0 where the kind stores whole blocks and the row is none.
+long row_bytes_of(shoal::Source kind, long cols) {
+    auto blocks = [&](long columns, long bytes) { return cols % columns ? 0 : cols / columns * bytes; };
+    switch (kind) {
+        case shoal::Source::f32:
+            return 4 * cols;
+        case shoal::Source::bf16:
+        case shoal::Source::f16:
+            return 2 * cols;
+        case shoal::Source::q8_0:
+            return blocks(32, 34);
+        case shoal::Source::q4_0:
+            return blocks(32, 18);
+        case shoal::Source::q4_1:
+            return blocks(32, 20);
+        case shoal::Source::q4_k:
+            return blocks(256, 144);
+        case shoal::Source::codes:
+            return cols;
+    }
+    return 0;
+}
+
+// Whether int8 codes lie in the packing's range: -128..127, -8..7, or 0..15 with minima.
+bool codes_fit(const Bytes& codes, Packing packing) {
+    const int low = packing == Packing::q8 ? -128 : packing == Packing::q4 ? -8 : 0;
+    const int high = packing == Packing::q8 ? 127 : packing == Packing::q4 ? 7 : 15;
+    return std::all_of(codes.data(), codes.data() + codes.size(),
+                       [&](uint8_t code) { return int8_t(code) >= low && int8_t(code) <= high; });
+}
+
 void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes out, int threads,
           std::optional<Floats> scales, std::optional<Floats> minima, long group) {
     const auto kind = shoal::Source(source);
@@ -53,38 +85,15 @@ void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes ou
     require(out.size() == packed_bytes(packing, rows, cols), "out does not fit the matrix");
     require(data.ndim() == 2 && long(data.shape(0)) == rows, "data must hold the rows' bytes");
     const long row_bytes = long(data.shape(1));
-    long expected = 0;
-    switch (kind) {
-        case shoal::Source::f32:
-            expected = 4 * cols;
-            break;
-        case shoal::Source::bf16:
-        case shoal::Source::f16:
-            expected = 2 * cols;
-            break;
-        case shoal::Source::q8_0:
-            expected = cols / 32 * 34;
-            break;
-        case shoal::Source::q4_0:
-            expected = cols / 32 * 18;
-            break;
-        case shoal::Source::q4_1:
-            expected = cols / 32 * 20;
-            break;
-        case shoal::Source::q4_k:
-            expected = cols / 256 * 144;
-            break;
-        case shoal::Source::codes:
-            expected = cols;
-            break;
-    }
-    require(row_bytes == expected, "rows have the wrong number of bytes");
+    require(row_bytes > 0 && row_bytes == row_bytes_of(kind, cols), "rows have the wrong number of bytes");
     shoal::SourceRows from{kind, data.data(), row_bytes};
     if (kind == shoal::Source::codes) {
-        const size_t groups = size_t(rows) * ((cols + group - 1) / group);
         require(group > 0 && group % 32 == 0, "a group is a multiple of 32 columns");
+        const size_t groups = size_t(rows) * ((cols + group - 1) / group);
         require(scales && scales->size() == groups && (!minima || minima->size() == groups),
                 "one scale a group and row");
+        require(!minima || packing == int(Packing::q4m), "minima go into q4m alone");
+        require(codes_fit(data, Packing(packing)), "a code is out of the packing's range");
         from.scales = scales->data();
         from.minima = minima ? minima->data() : nullptr;
         from.group = group;
@@ -93,9 +102,12 @@ void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes ou
     shoal::pack_rows(from, rows, cols, Packing(packing), out.data(), threads);
 }
 
+// Row `row` of the stack's matrices laid end to end.
 void unpack(const Packed& packed, long row, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
-    require(row >= 0 && row < packed.matrix.rows && long(out.size()) == packed.matrix.cols, "no such row");
-    shoal::unpack_row(packed.matrix, row, out.data());
+    shoal::PackedMatrix matrix = packed.matrix;
+    require(row >= 0 && row < matrix.rows * packed.count && long(out.size()) == matrix.cols, "no such row");
+    matrix.data += row / matrix.rows * matrix.bytes();
+    shoal::unpack_row(matrix, row % matrix.rows, out.data());
 }
 
 class PlanEngine {

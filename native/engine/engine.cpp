@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 
+#include "engine/pack.h"
 #include "shoal/dispatch.h"
 
 #if defined(__linux__)
@@ -89,11 +90,7 @@ void store_cache_row(CacheType type, void* at, const float* values, long width) 
     }
     if (type == CacheType::bf16) {
         auto* out = static_cast<uint16_t*>(at);
-        for (long i = 0; i < width; ++i) {
-            uint32_t bits;
-            std::memcpy(&bits, &values[i], 4);
-            out[i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-        }
+        for (long i = 0; i < width; ++i) out[i] = float_to_bf16(values[i]);
         return;
     }
     auto* codes = static_cast<int8_t*>(at);

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "engine/operations.h"
+#include "engine/pack.h"
 
 namespace shoal {
 namespace {
@@ -12,12 +13,6 @@ namespace {
 constexpr long kChunkPages = 4;
 constexpr long kChunk = kChunkPages * kPageTokens;
 constexpr long kLaneState = 32;  // top and total of 16 lanes, in front of the rows
-
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 // Rotates pairs (x0, x1), (x2, x3) … or (x0, x_half) …; the result keeps the pairs' places.
 void rotate(float* x, const float* cosines, const float* sines, long half, bool interleave) {
@@ -161,7 +156,7 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
     for (long k = 0; k < key_width / 2; ++k) {
         for (long lane = 0; lane < 16; ++lane) {
             const float* line = rows + lane * key_width + 2 * k;
-            pairs[k * 16 + lane] = uint32_t(to_bf16(line[0])) | uint32_t(to_bf16(line[1])) << 16;
+            pairs[k * 16 + lane] = uint32_t(float_to_bf16(line[0])) | uint32_t(float_to_bf16(line[1])) << 16;
         }
     }
 }

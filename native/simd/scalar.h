@@ -22,13 +22,6 @@ SHOAL_INLINE To bits(From value) {
     return __builtin_bit_cast(To, value);
 }
 
-template <class T>
-SHOAL_INLINE T read(const void* p) {  // memcpy: a tensor in a mapped file may start at an odd byte
-    T value;
-    __builtin_memcpy(&value, p, sizeof(T));
-    return value;
-}
-
 SHOAL_INLINE F32 zero() { return 0.0f; }
 SHOAL_INLINE F32 set1(float x) { return x; }
 SHOAL_INLINE F32 load(const float* p) { return read<float>(p); }
