@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from shoal import positions
 from shoal.config import GQAConfig, MLAConfig, ModelConfig
 from shoal.engine.packing import pack_array, pack_tensor, packing_for
+from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint, LazyTensor
 from shoal.formats.layout import EXPERT_PARTS
 from shoal.kernels import native
@@ -83,6 +84,10 @@ def write_plan(
     """
     checkpoint.check_complete()
     config = checkpoint.config
+    if config.mlp_bias:
+        raise ConfigError(
+            "mlp_bias", "is true, which the engine does not support: its feed-forward layers add no biases"
+        )
     out = _Writer(checkpoint=checkpoint, engine=native.Engine(threads, wide, wide), scheme=scheme, threads=threads)
     hidden = out.buffer("hidden", config.hidden_size)
     table = out.matrix("model.embed_tokens.weight")
