@@ -27,6 +27,7 @@ from shoal.formats.checkpoint import Checkpoint
 
 Floats = NDArray[np.float32]
 STEP_TOKENS = 512
+CACHES = {"f32": 0, "bf16": 1, "int8": 2}
 MIXED_TOKENS = 128
 
 
@@ -59,10 +60,11 @@ class Core:
         threads: team size; all processors that this process may use if None.
         weights: `auto` or a packing (`engine.packing`).
         activations: `int8`, `int16` or `auto`: what rows become where they meet quantised weights.
-        cache: `bf16` or `f32`.
+        cache: `bf16`, `int8` (64 values to a scale) or `f32`.
         cache_tokens: how many tokens the cache holds over all sequences.
         max_running: most sequences that run at once.
         known_ids: ids from here on are padding of the embedding table and are never chosen.
+        look_ahead: guess one token ahead with the model's multi-token-prediction layer, if it has one.
         step_tokens, mixed_tokens: see `Scheduler`; they change speed, never results.
     """
 
@@ -77,22 +79,24 @@ class Core:
         cache_tokens: int,
         max_running: int = 64,
         known_ids: int | None = None,
+        look_ahead: bool = False,
         step_tokens: int = STEP_TOKENS,
         mixed_tokens: int = MIXED_TOKENS,
     ) -> None:
-        if cache not in ("bf16", "f32"):
-            raise ConfigError("cache", f"{cache!r} is not one of bf16, f32")
+        if cache not in CACHES:
+            raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
         config = checkpoint.config
         wide = _wide(activations, config)
         check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens)
         self.threads = threads or usable_cpus()
-        plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=wide)
+        plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead)
         pages = -(-cache_tokens // PAGE_TOKENS)
-        plan.engine.cache(config.num_hidden_layers, plan.page_values, cache == "bf16", pages)
+        plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes
         self.cache_bytes = plan.engine.cache_bytes
         self.vocab_size = config.vocab_size
         self.known_ids = min(known_ids or config.vocab_size, config.vocab_size)
+        self.looks_ahead = plan.looks_ahead
         self._engine = plan.engine
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
@@ -214,6 +218,36 @@ class Core:
             except Exception as error:
                 piece.sequence.fail(error)
             done.append((piece, kept))
+        if self.looks_ahead:
+            self._look_ahead(batch, [kept for _, kept in done])
+
+    def _look_ahead(self, batch: _Batch, kept: list[int]) -> None:
+        """Run the prediction layer over the step's rows that stay, each beside the token that really followed it, and
+        note its guess of the token after the newest one. Its own cache grows with the main one's."""
+        going: list[tuple[int, Slice, int]] = []  # (index in the batch, slice, rows)
+        for index, (piece, accepted) in enumerate(zip(batch.slices, kept, strict=True)):
+            if piece.sequence.finish is None and not piece.sequence.cancelled:
+                rows = min(len(piece.tokens) + accepted, len(piece.sequence.tokens) - piece.start - 1)
+                going.append((index, piece, rows))
+        if not going:
+            return
+        first_row = np.zeros(len(going) + 1, np.int32)
+        first_row[1:] = np.cumsum([rows for _, _, rows in going])
+        guessing = [i for i, (_, piece, _) in enumerate(going) if piece.last]
+        logits = np.empty((len(guessing), self.vocab_size), np.float32)
+        self._engine.run(
+            np.concatenate([np.array(p.sequence.tokens[p.start + 1 : p.start + 1 + n], np.int32) for _, p, n in going]),
+            np.concatenate([np.arange(p.start, p.start + n, dtype=np.int32) for _, p, n in going]),
+            first_row,
+            np.ascontiguousarray(batch.pages[[index for index, _, _ in going]]),
+            (first_row[1:][guessing] - 1).astype(np.int32),
+            logits,
+            1,
+            np.concatenate([np.arange(n, dtype=np.int32) + batch.first_row[index] for index, _, n in going]),
+        )
+        for i, logits_V in zip(guessing, logits, strict=True):
+            sequence = going[i][1].sequence
+            sequence.ahead = (len(sequence.tokens), int(np.argmax(logits_V[: self.known_ids])))
 
     def _deliver(self, piece: Slice, rows: Floats) -> int:
         """Show prompt rows to who watches them and choose the next tokens; returns how many draft tokens stay."""

@@ -34,10 +34,11 @@ class LLM:
         threads: CPU threads; if None what `SHOAL_THREADS` says, else every processor that this process may use.
         weights: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack the large matrices.
         activations: `int8` or `int16` where they meet quantised weights; `auto` chooses by the kind of model.
-        cache: `bf16` or `f32`, the precision of the attention cache.
+        cache: `bf16`, `int8` or `f32`, the precision of the attention cache.
         cache_tokens: tokens that the cache holds over all running requests; at least one whole context.
         max_running: most requests that run at once; others wait for their turn.
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
+        look_ahead: guess one token ahead with the model's own multi-token-prediction layer, if it has one; the same.
 
     Raises:
         UnknownModelError, FileError, ConfigError: the model cannot be opened, with the reason; one is that it needs
@@ -57,6 +58,7 @@ class LLM:
         cache_tokens: int | None = None,
         max_running: int = 64,
         speculate: int = 0,
+        look_ahead: bool = False,
     ) -> None:
         _check_range("max_context", max_context, 1, None)
         _check_range("threads", threads, 1, MAX_THREADS)
@@ -84,6 +86,7 @@ class LLM:
         self._core = Core(
             checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
             cache_tokens=cache_tokens, max_running=max_running, known_ids=self.tokenizer.vocab_size,
+            look_ahead=look_ahead,
         )  # fmt: skip
 
     # ---- whole answers

@@ -15,6 +15,7 @@ from shoal.formats.layout import expected_tensors
 from shoal.kernels import native
 
 GB = 1e9
+CACHE_BYTES = {"f32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64}  # a value; int8 has a scale for every 64
 
 
 def check_memory(checkpoint: Checkpoint, *, weights: str, cache: str, cache_tokens: int) -> None:
@@ -72,4 +73,4 @@ def _stack(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tuple
 def cache_bytes(config: ModelConfig, cache: str, cache_tokens: int) -> int:
     pages = -(-cache_tokens // PAGE_TOKENS)
     values = config.num_hidden_layers * config.attention.cache_width * PAGE_TOKENS
-    return pages * values * (2 if cache == "bf16" else 4)
+    return int(pages * values * CACHE_BYTES[cache])

@@ -48,6 +48,7 @@ class Sequence:
     max_tokens: int
     eos: frozenset[int] = frozenset()
     draft_length: int = 0
+    ahead: tuple[int, int] | None = None  # (length of `tokens`, the model's own guess of the token that follows)
     watch: Watch | None = None
     watched: int = 0
     arrival: int = -1  # its place in the order of submission
@@ -97,8 +98,12 @@ class Sequence:
         return whole if self.watch is None else min(whole, self.watched // PAGE_TOKENS)
 
     def draft(self) -> list[int]:
-        """Guess the next tokens from what followed the same last tokens before (prompt lookup); may be empty."""
-        limit = min(self.draft_length, self.max_tokens - self.produced - 1)
+        """Guess the next tokens: by the model's own prediction head if it has made a guess for this place, else from
+        what followed the same last tokens before (prompt lookup); may be empty."""
+        room = self.max_tokens - self.produced - 1
+        if room > 0 and self.ahead is not None and self.ahead[0] == len(self.tokens):
+            return [self.ahead[1]]
+        limit = min(self.draft_length, room)
         if limit <= 0:
             return []
         tokens, gram = self.tokens, LOOKUP_GRAM
