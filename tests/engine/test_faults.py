@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.conftest import Gate, assert_idle, check_books, in_memory, open_tiny, set_steps, some_tokens
+from tests.engine.conftest import (
+    Gate,
+    assert_idle,
+    check_books,
+    in_memory,
+    open_tiny,
+    set_steps,
+    some_tokens,
+    with_prediction_layer,
+)
 
 from shoal import LLM
 from shoal.engine import SamplingParams
@@ -187,6 +196,18 @@ def test_a_failing_step_fails_whoever_was_in_it_and_the_engine_goes_on(llm: LLM,
     assert llm.generate(PROMPT, SAMPLED).token_ids == expected
 
 
+def test_a_failing_prediction_layer_fails_whoever_was_in_the_step(v3: tuple[Any, Checkpoint]) -> None:
+    llm = open_tiny(with_prediction_layer(v3[1]), look_ahead=True)
+    expected = llm.generate(PROMPT, SAMPLED).token_ids
+    gate = Gate(llm)
+    gate.fails, gate.fails_at = MemoryError("no room"), lambda arrays: len(arrays) > 6 and arrays[6] == 1
+    with pytest.raises(MemoryError):
+        llm.generate(PROMPT, SAMPLED)
+    gate.fails = None
+    assert llm.generate(PROMPT, SAMPLED).token_ids == expected
+    assert_idle(llm)
+
+
 @pytest.fixture(scope="module")
 def poisoned(v2: tuple[Any, Checkpoint]) -> Checkpoint:
     """The embedding of token 5 is not a number."""
@@ -299,10 +320,9 @@ def test_too_little_memory_is_refused_with_the_numbers(
         return lambda: count
 
     checkpoint = llama[1]
-    fits = open_tiny(checkpoint)._core
     from shoal.engine.memory import cache_bytes, weight_bytes
 
-    needed = weight_bytes(checkpoint, "f32") + cache_bytes(checkpoint.config, "f32", 1024)
+    needed = weight_bytes(checkpoint, checkpoint.config, "f32") + cache_bytes(checkpoint.config, "f32", 1024)
     monkeypatch.setattr("shoal.engine.memory.available_bytes", with_left(needed))
     open_tiny(checkpoint)
     monkeypatch.setattr("shoal.engine.memory.available_bytes", with_left(needed - 1))
@@ -312,4 +332,3 @@ def test_too_little_memory_is_refused_with_the_numbers(
     monkeypatch.setattr("shoal.engine.memory.available_bytes", with_left(1000))
     with pytest.raises(ConfigError, match=r"weights: tiny needs .* for its weights, 0\.00 GB are available"):
         open_tiny(checkpoint)
-    assert cache_bytes(checkpoint.config, "f32", 1024) == fits.cache_bytes

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from tests.engine.conftest import open_tiny, tiny
+from tests.engine.conftest import open_tiny, tiny, with_prediction_layer
 from tests.model.test_parity import CASES
 
 from shoal.engine.machine import available_bytes, usable_cpus
-from shoal.engine.memory import weight_bytes
+from shoal.engine.memory import cache_bytes, weight_bytes
 from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint
 
@@ -133,6 +134,32 @@ def test_the_size_of_the_weights_is_known_before_they_are_read(name: str, scheme
         for name, tensor in checkpoint.tensors.items()
         if len(tensor.shape) == 1 or name.endswith(".mlp.gate.weight")
     }
-    estimate = weight_bytes(checkpoint, scheme)
+    estimate = weight_bytes(checkpoint, checkpoint.config, scheme)
     # The plan counts matrices; norms, biases and routers come on top.
     assert packed < estimate <= packed + sum(4 * tensor.read().size + 4096 for tensor in small.values())
+
+
+@pytest.mark.parametrize("cache", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["v2-groups", "llama-3", "qwen3-tied"])
+def test_the_size_of_the_cache_is_known_before_it_is_made(name: str, cache: str) -> None:
+    checkpoint = tiny(CASES[name])[1]
+    assert open_tiny(checkpoint, cache=cache, cache_tokens=700)._core.cache_bytes == cache_bytes(
+        checkpoint.config, cache, 700
+    )
+
+
+def test_a_prediction_layer_counts_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = with_prediction_layer(tiny(CASES["v3-released"])[1])
+    without = open_tiny(checkpoint, look_ahead=False)._core
+    ahead = open_tiny(checkpoint, look_ahead=True)._core
+    assert ahead.looks_ahead
+    assert cache_bytes(checkpoint.config, "f32", 1024) == ahead.cache_bytes > without.cache_bytes
+    more = weight_bytes(checkpoint, checkpoint.config, "f32") - weight_bytes(
+        checkpoint, replace(checkpoint.config, num_nextn_predict_layers=0), "f32"
+    )
+    assert 0 < ahead.weight_bytes - without.weight_bytes <= more
+    left = ahead.weight_bytes + ahead.cache_bytes - 1
+    monkeypatch.setattr("shoal.engine.memory.available_bytes", lambda: left)
+    open_tiny(checkpoint, look_ahead=False)
+    with pytest.raises(ConfigError, match="cache_tokens"):
+        open_tiny(checkpoint, look_ahead=True)

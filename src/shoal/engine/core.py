@@ -87,7 +87,7 @@ class Core:
             raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
         config = checkpoint.config
         wide = _wide(activations, config)
-        check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens)
+        check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens, look_ahead=look_ahead)
         self.threads = threads or usable_cpus()
         plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead)
         pages = -(-cache_tokens // PAGE_TOKENS)
@@ -219,7 +219,11 @@ class Core:
                 piece.sequence.fail(error)
             done.append((piece, kept))
         if self.looks_ahead:
-            self._look_ahead(batch, [kept for _, kept in done])
+            try:
+                self._look_ahead(batch, [kept for _, kept in done])
+            except Exception as error:
+                for piece in batch.slices:
+                    piece.sequence.fail(error)
 
     def _look_ahead(self, batch: _Batch, kept: list[int]) -> None:
         """Run the prediction layer over the step's rows that stay, each beside the token that really followed it, and

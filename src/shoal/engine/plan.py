@@ -31,7 +31,7 @@ class Plan:
 
     engine: native.Engine
     config: ModelConfig
-    cache_widths: list[int]  # of the rows that a token caches in a layer: the latent, or every head's key and value
+    cache_widths: list[int]
     cache_layers: int  # layers that cache: the main ones and, if it guesses ahead, one more
     looks_ahead: bool  # program 1 is the first multi-token-prediction layer
     weight_bytes: int = 0
@@ -104,14 +104,15 @@ def write_plan(
     return Plan(
         engine=out.engine,
         config=config,
-        cache_widths=_cache_widths(config),
+        cache_widths=cache_widths(config),
         cache_layers=config.num_hidden_layers + looks_ahead,
         looks_ahead=looks_ahead,
         weight_bytes=out.weight_bytes,
     )
 
 
-def _cache_widths(config: ModelConfig) -> list[int]:
+def cache_widths(config: ModelConfig) -> list[int]:
+    """Widths of the rows that a token caches in a layer: the latent, or every head's key and value."""
     attention = config.attention
     if isinstance(attention, MLAConfig):
         return [attention.cache_width]
