@@ -115,6 +115,27 @@ def test_leaving_in_the_middle_of_a_step_frees_pages_at_once(llm: LLM, expected:
     assert tuple(drain(llm, kept)[0]) == expected
 
 
+def test_leaving_never_waits_for_the_lock(llm: LLM, expected: tuple[int, ...]) -> None:
+    """The garbage collector may close a stream while its own thread is inside the scheduler."""
+    kept, doomed = llm.prepare(PROMPT, SAMPLED), llm.prepare(PROMPT[::-1], GREEDY)
+    kept.start()
+    doomed.start()
+    scheduler = llm._core._scheduler
+    plan = scheduler.next_step
+
+    def collecting() -> Any:
+        slices = plan()
+        doomed.cancel()
+        assert doomed._sequence in scheduler.running, "taken out under the scheduler's hands"
+        return slices
+
+    scheduler.next_step = collecting  # type: ignore[method-assign]
+    assert llm.step()
+    scheduler.next_step = plan  # type: ignore[method-assign]
+    assert llm.load.running == 1
+    assert tuple(drain(llm, kept)[0]) == expected
+
+
 def test_a_long_prompt_can_be_given_up_by_another_thread(llm: LLM) -> None:
     gate = Gate(llm)
     set_steps(llm, step=1)

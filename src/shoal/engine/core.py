@@ -7,8 +7,11 @@ step: while one computes, only its thread hands out pages or touches the sequenc
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +107,7 @@ class Core:
         )
         self._turn = threading.Condition(threading.Lock())  # guards the scheduler; notified after every step
         self._stepping = False
+        self._leaving: deque[Sequence] = deque()  # released, but not yet taken out of the scheduler
         self._logits: Floats = np.empty((0, self.vocab_size), np.float32)
 
     @property
@@ -112,7 +116,7 @@ class Core:
 
     @property
     def load(self) -> Load:
-        with self._turn:
+        with self._locked():
             running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
             in_use = self._pool.count - self._pool.available
             return Load(running=running, waiting=waiting, pages=self._pool.count, pages_in_use=in_use)
@@ -122,33 +126,52 @@ class Core:
         if len(sequence.tokens) + sequence.max_tokens > self.cache_tokens:
             problem = f"{len(sequence.tokens)} tokens and {sequence.max_tokens} new ones exceed {self.cache_tokens}"
             raise RequestError("prompt", problem, code="context_length_exceeded")
-        with self._turn:
+        with self._locked():
             sequence.submitted_at = time.perf_counter()
             if not sequence.cancelled:
                 self._scheduler.submit(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """The caller is done with it, finished or not. Its pages are free at once, even in the middle of a step: the
-        step may still write to them, but only its end lets others have them."""
-        with self._turn:
-            sequence.cancelled = True
-            self._scheduler.remove(sequence)
-            self._turn.notify_all()
+        step may still write to them, but only its end lets others have them.
+
+        Never waits: the collector of garbage may close a stream, and so call this, at any point of any thread, even
+        where that thread holds the lock. Whoever holds it then does the work on its way out."""
+        sequence.cancelled = True
+        self._leaving.append(sequence)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        while self._leaving and self._turn.acquire(blocking=False):
+            try:
+                while self._leaving:
+                    self._scheduler.remove(self._leaving.popleft())
+                self._turn.notify_all()
+            finally:
+                self._turn.release()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._turn:
+                yield
+        finally:
+            self._sweep()
 
     def advance(self, sequence: Sequence) -> None:
         """Return once the sequence has a new output, is finished or was released."""
         while True:
-            with self._turn:
+            with self._locked():
                 self._turn.wait_for(lambda: sequence.ready or not self._stepping)
                 if sequence.ready:
                     return
                 self._stepping = True
             worked = self._step()
-            assert worked, "a sequence waits that was never submitted"
+            assert worked or sequence.ready, "a sequence waits that was never submitted"
 
     def step(self) -> bool:
         """Run one step, or wait for the one that another thread runs. False if there is nothing to do."""
-        with self._turn:
+        with self._locked():
             if self._stepping:
                 self._turn.wait_for(lambda: not self._stepping)
                 return True
@@ -159,14 +182,14 @@ class Core:
         """By the one thread that has set `_stepping`."""
         done: list[tuple[Slice, int]] = []
         try:
-            with self._turn:
+            with self._locked():
                 batch = self._plan(self._scheduler.next_step())
             if batch is None:
                 return False
             self._compute(batch, done)
             return True
         finally:
-            with self._turn:
+            with self._locked():
                 for piece, kept in done:
                     self._settle(piece, kept)
                 self._stepping = False
