@@ -57,6 +57,7 @@ class Core:
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(config.num_hidden_layers, plan.page_values, cache == "bf16", pages)
         self.weight_bytes = plan.weight_bytes
+        self.step_bytes = plan.step_bytes
         self.cache_bytes = plan.engine.cache_bytes
         self.vocab_size = config.vocab_size
         self._engine = plan.engine
@@ -68,6 +69,13 @@ class Core:
     @property
     def cache_tokens(self) -> int:
         return self._pool.count * PAGE_TOKENS
+
+    @property
+    def experts_read(self) -> tuple[int, int]:
+        """How many routed experts all steps so far have read, over all layers, and their bytes. Every step also reads
+        `step_bytes`."""
+        count, size = self._engine.experts_read
+        return int(count), int(size)
 
     def submit(self, sequence: Sequence) -> None:
         with self._lock:

@@ -32,6 +32,7 @@ class Plan:
     config: ModelConfig
     page_values: int  # cached values of 64 tokens in one layer
     weight_bytes: int = 0
+    step_bytes: int = 0  # of them, what every step reads: all but routed experts and the embedding's rows
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,7 @@ class _Writer:
     scheme: str
     threads: int
     weight_bytes: int = 0
+    partly_bytes: int = 0  # of matrices that a step reads only in part
     buffers: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -57,6 +59,8 @@ class _Writer:
         tensor = self.checkpoint.tensors[name]
         packed = pack_tensor(tensor, packing_for(tensor, self.scheme), self.threads)
         self.weight_bytes += packed.nbytes
+        if ".mlp.experts." in name:
+            self.partly_bytes += packed.nbytes
         return packed
 
     def array(self, name: str) -> NDArray[np.float32]:
@@ -89,9 +93,14 @@ def write_plan(checkpoint: Checkpoint, *, threads: int, scheme: str = "auto", wi
             _write_gqa(out, config.attention, layer)
         _write_feed_forward(out, layer)
     head = table if config.tie_word_embeddings else out.matrix("lm_head.weight")
+    if head is not table:
+        out.partly_bytes += table.nbytes
     out.engine.head(hidden, out.array("model.norm.weight"), config.rms_norm_eps, head)
     page_values = PAGE_TOKENS * config.attention.cache_width
-    return Plan(engine=out.engine, config=config, page_values=page_values, weight_bytes=out.weight_bytes)
+    return Plan(
+        engine=out.engine, config=config, page_values=page_values, weight_bytes=out.weight_bytes,
+        step_bytes=out.weight_bytes - out.partly_bytes,
+    )  # fmt: skip
 
 
 def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
@@ -192,6 +201,7 @@ def _write_feed_forward(out: _Writer, layer: int) -> None:
         [out.matrix(f"{prefix}shared_experts.{part}.weight") for part in EXPERT_PARTS] if moe.n_shared_experts else []
     )
     router = pack_array(out.array(f"{prefix}gate.weight"), "f32")
+    out.weight_bytes += router.nbytes
     routing = {
         "num_experts_per_tok": moe.num_experts_per_tok,
         "n_group": 1 if moe.topk_method == "greedy" else moe.n_group,
