@@ -144,7 +144,8 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
     const float* r = rotary < 0 ? nullptr : worker.engine.buffer(rotary, step.tokens);
     const long q_stride = worker.engine.buffer_cols(query), r_stride = r ? worker.engine.buffer_cols(rotary) : 0;
     const bool bf16 = worker.engine.cache_bf16();
-    std::memset(packed, 0, key_width * 16 * (bf16 ? 2 : 4));
+    float* rows = worker.engine.scratch(worker.member, 4).array<float>(key_width * 16);
+    if (block.lanes < 16) std::fill(rows, rows + key_width * 16, 0.0f);
     for (long lane = 0; lane < 16; ++lane) {
         last_key[lane] = -1;
         if (lane >= block.lanes) continue;
@@ -152,13 +153,24 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
         const long row = step.first_row[block.sequence] + flat / group, head = block.kv_head * group + flat % group;
         last_key[lane] = step.position[row];
         const float* own = q + row * q_stride + head * query_step;
-        const float* rest = r ? r + row * r_stride + rotary_first + head * rotary_step - own_width : nullptr;
-        for (long k = 0; k < key_width; ++k) {
-            const float value = (k < own_width ? own[k] : rest[k]) * scale;
-            if (bf16)
-                static_cast<uint16_t*>(packed)[(k / 2 * 16 + lane) * 2 + k % 2] = to_bf16(value);
-            else
-                static_cast<float*>(packed)[k * 16 + lane] = value;
+        float* line = rows + lane * key_width;
+        for (long k = 0; k < own_width; ++k) line[k] = own[k] * scale;
+        if (!r) continue;
+        const float* rest = r + row * r_stride + rotary_first + head * rotary_step;
+        for (long k = own_width; k < key_width; ++k) line[k] = rest[k - own_width] * scale;
+    }
+    // Lanes side by side for every element (f32), or for every pair of them (bf16).
+    if (!bf16) {
+        auto* out_rows = static_cast<float*>(packed);
+        for (long k = 0; k < key_width; ++k)
+            for (long lane = 0; lane < 16; ++lane) out_rows[k * 16 + lane] = rows[lane * key_width + k];
+        return;
+    }
+    auto* pairs = static_cast<uint32_t*>(packed);
+    for (long k = 0; k < key_width / 2; ++k) {
+        for (long lane = 0; lane < 16; ++lane) {
+            const float* line = rows + lane * key_width + 2 * k;
+            pairs[k * 16 + lane] = uint32_t(to_bf16(line[0])) | uint32_t(to_bf16(line[1])) << 16;
         }
     }
 }

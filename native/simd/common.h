@@ -11,6 +11,7 @@
 //   dot_codes(acc, w, x4)           acc += groups of 4 products of w with the 4 int8 at x4, the same for every lane;
 //                                   w is stored_codes or nibbles; what stored_codes adds to a code is kStoredOffset
 //   iset1 load_f16                  int32 broadcast; kLanes halves
+//   iadd round_i32 store_codes      sum; f32 to int32, ties to even; the low bytes of kLanes int32 in [-127, 127]
 //   Pairs load_pairs zip_rows dot_pair   2 * kLanes bf16: as stored; of two rows, element by element; acc += products
 //   with
 //                                        the two bf16 at a pointer, the same for every lane

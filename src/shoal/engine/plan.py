@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shoal import positions
 from shoal.config import GQAConfig, MLAConfig, ModelConfig
 from shoal.engine.packing import pack_array, pack_tensor, packing_for
-from shoal.formats.checkpoint import Checkpoint
+from shoal.formats.checkpoint import Checkpoint, LazyTensor
 from shoal.formats.layout import EXPERT_PARTS
 from shoal.kernels import native
 
@@ -57,6 +57,9 @@ class _Writer:
 
     def matrix(self, name: str) -> native.Packed:
         tensor = self.checkpoint.tensors[name]
+        return self.packed(tensor)
+
+    def packed(self, tensor: LazyTensor) -> native.Packed:
         packed = pack_tensor(tensor, packing_for(tensor, self.scheme), self.threads)
         self.weight_bytes += packed.nbytes
         if ".mlp.experts." in name:
@@ -139,6 +142,8 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
 def _absorbed(out: _Writer, mla: MLAConfig, name: str) -> tuple[native.Packed, native.Packed]:
     """W_k^b transposed [N, C, H] and W_v^b [N, V, C] from kv_b_proj: per head H rows of keys, then V of values."""
     tensor = out.checkpoint.tensors[name]
+    if tensor.split is not None:
+        return out.packed(tensor.split[0]), out.packed(tensor.split[1])
     per_head = mla.qk_nope_head_dim + mla.v_head_dim
     both = out.array(name).reshape(mla.num_attention_heads, per_head, mla.kv_lora_rank)
     packing = packing_for(tensor, out.scheme)
