@@ -6,9 +6,9 @@ pair lies within the same minutes, so that what the machine does meanwhile meets
 the table shows the median of a cell's ratios with the least and the greatest. Both load the same GGUF file, use the
 same number of threads and flash attention where llama.cpp has it, and warm up before they measure.
 
-    make bench-peers                                     every cell; hours, 20 GB of disk and 19 GB of memory
+    make bench-peers                                     every cell: hours, 20 GB of disk, 19 GB of memory
     make bench-peers ARGS="--models tiny,smollm2"        minutes
-    make bench-peers ARGS="--quick"                      shows that everything runs; the numbers mean nothing
+    make bench-peers ARGS="--quick --models tiny"        shows that everything runs; the numbers mean nothing
 
 llama.cpp is built once in the cache folder; --llama-cpp, or LLAMA_CPP in the environment, names a build at hand.
 """
@@ -57,7 +57,8 @@ class Cell:
     def ours(self, model: Path, threads: int) -> list[str]:
         return [
             sys.executable, "-m", "shoal", "bench", str(model), "--threads", str(threads), "--prompt", str(self.prompt),
-            "--gen", str(self.gen), "--depth", str(self.depth), "--batch", str(self.batch), "--repeats", str(self.inner), "--json",
+            "--gen", str(self.gen), "--depth", str(self.depth), "--batch", str(self.batch),
+            "--repeats", str(self.inner), "--json",
         ]  # fmt: skip
 
     def theirs(self, peer: LlamaCpp, model: Path, threads: int) -> list[str]:
@@ -96,7 +97,7 @@ class Model:
 
     @property
     def label(self) -> str:
-        return f"{self.name}-{self.dtype.lower()}"
+        return f"{self.name}-{self.dtype.lower()}" if self.dtype else self.name
 
 
 MODELS = (
@@ -234,8 +235,9 @@ def _smollm2(run: Run, model: Model, path: Path) -> Path | None:
 def _shown(command: Sequence[str]) -> str:
     """A command as a reader would type it: programs and files without their folders."""
     words = [Path(word).name if os.sep in word else word for word in command]
-    text = " ".join(words)
-    return text.partition(" -m ")[2] if text.startswith("python") else text
+    if words[1:3] == ["-m", "shoal"]:
+        words[:3] = ["shoal"]
+    return " ".join(words)
 
 
 def main() -> None:
@@ -267,7 +269,7 @@ def main() -> None:
         measure_model(run, model)
         peers_report.write(  # after every model, so that a stop loses little
             args.out, results=run.results, skipped=run.skipped, peer=peer.version, threads=args.threads,
-            started=started, command=_shown([sys.executable, "-m", *sys.argv]).removesuffix(" "), quick=args.quick,
+            started=started, command=f"python benchmarks/peers.py {_shown(sys.argv[1:])}".rstrip(), quick=args.quick,
         )  # fmt: skip
     if not run.results:
         sys.exit("peers.py: nothing could be measured")

@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = ("model", "weights", "measured", "Shoal", "llama.cpp", "ratio", "memory read", "Shoal's share",
         "llama.cpp's", "peak memory")  # fmt: skip
 
+NOTES = """\
+Speeds are tokens a second, all sequences together: medians. A ratio is taken inside a pair of neighbouring runs; shown
+is the median of {pairs} with the least and the greatest. The share sets the bytes that a decoding step must read, the
+same on both sides, beside plain reading by as many threads; models that fit the caches can pass 100%. Shoal's speed
+includes scheduling and choosing tokens; llama.cpp's programs choose none. Tokens are random on both sides."""
+
 
 def write(
     out: Path, *, results: Sequence[dict[str, Any]], skipped: Sequence[str], peer: str, threads: int, started: float,
@@ -61,11 +67,7 @@ def markdown(facts: dict[str, Any], quick: bool) -> str:
         "|---" * len(HEAD) + "|",
         *("| " + " | ".join(_row(result)) + " |" for result in results),
         "",
-        "Speeds are tokens a second, all sequences together: medians. A ratio is taken inside a pair of neighbouring"
-        f" runs; shown is the median of {_pairs(results)} with the least and the greatest. The share sets the bytes that"
-        " a decoding step must read, the same on both sides, beside plain reading by as many threads; models that fit"
-        " the caches can pass 100%. Shoal's speed includes scheduling and choosing tokens; llama.cpp's programs choose"
-        " none. Peak memory counts the mapped file, which llama.cpp reads in place and Shoal packs.",
+        NOTES.format(pairs=_pairs(results)),
         "",
     ]
     if facts["skipped"]:

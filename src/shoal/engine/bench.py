@@ -1,8 +1,8 @@
 """Measures the engine: prompt and decode speed, time to the first token, and how much of the memory's speed is used.
 
-Everything runs through `Core`, as a request does: scheduler, cache, sampler and Python are in the numbers. Tokens are
-random, so their text means nothing; a mixture of experts then spreads its tokens over experts as it likes, and what
-was in fact read is counted.
+Everything runs through `Core`, as a request does: scheduler, cache, sampler and Python are in the numbers. All tokens
+are random, generated ones too: left to itself a model that reads noise soon says the same in every sequence, and
+sequences that say the same share their experts. What was in fact read is counted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shoal.config import ModelConfig
 from shoal.engine.core import Core
@@ -126,6 +127,19 @@ def open_core(checkpoint: Checkpoint, cases: Sequence[Case], **options: object) 
     return Core(checkpoint, cache_tokens=cache_tokens, max_running=MAX_BATCH, **options)  # type: ignore[arg-type]
 
 
+class _Dice(Sampler):
+    """Chooses the likeliest token, for the work that this is, and then says a random one."""
+
+    def __init__(self, rng: np.random.Generator, tokens: list[int], vocab_size: int) -> None:
+        super().__init__(GREEDY, tokens, vocab_size)
+        self._dice = rng
+        self._sides = vocab_size
+
+    def choose(self, logits_V: NDArray[np.float32]) -> int:
+        super().choose(logits_V)
+        return int(self._dice.integers(self._sides))
+
+
 class Bench:
     """Measures cases one after the other on one engine."""
 
@@ -197,7 +211,7 @@ class Bench:
                 self._core.release(sequence)
 
     def _sequence(self, tokens: list[int], max_tokens: int) -> Running:
-        sampler = Sampler(GREEDY, tokens, self._config.vocab_size)
+        sampler = _Dice(self._rng, tokens, self._config.vocab_size)
         return Running(
             tokens=list(tokens), prompt_tokens=len(tokens), params=GREEDY, sampler=sampler, max_tokens=max_tokens,
             eos=frozenset(),
@@ -219,7 +233,7 @@ class Bench:
 
         def gb_s(one: _Times) -> float:
             read = case.gen * self._core.step_bytes + one.expert_bytes + one.positions * position_bytes
-            return read / one.decode_s / 1e9
+            return float(read / one.decode_s / 1e9)
 
         def per_step(total: float) -> float:
             return total / steps if steps else 0.0
@@ -245,7 +259,8 @@ def read_bandwidth(threads: int) -> float:
     if done.returncode != 0:
         problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ShoalError(f"memory bandwidth could not be measured: {problem}")
-    return float(done.stdout)
+    rate: float = float(done.stdout)
+    return rate
 
 
 def _between(name: str, value: int, low: int, high: int) -> None:

@@ -62,7 +62,7 @@ class _Writer:
     def packed(self, tensor: LazyTensor) -> native.Packed:
         packed = pack_tensor(tensor, packing_for(tensor, self.scheme), self.threads)
         self.weight_bytes += packed.nbytes
-        if ".mlp.experts." in name:
+        if ".mlp.experts." in tensor.name:
             self.partly_bytes += packed.nbytes
         return packed
 
