@@ -1,4 +1,7 @@
 // Activations to int8: one scale for 32 values, the largest of them becoming 127. See ops.h for shapes.
+//
+// No step is left to the instruction set (one division, one product and one rounding a value), so every table gives the
+// same bits.
 #pragma once
 
 #include "simd/common.h"
@@ -7,18 +10,30 @@ namespace shoal::SHOAL_ISA {
 namespace {
 
 constexpr int kGroupParts = 32 / kLanes;  // vectors in a group
+// Groups of smaller values count as zeros: 127 / largest would overflow.
+constexpr float kSmallestGroup = 1e-36f;
 
-// Codes of 32 values and their sum; what the codes leave goes to `rest` if it is not null. Returns the scale.
+// Codes of 32 values and their sum; what the codes leave goes to `rest` if it is not null. Returns the scale, which is
+// NaN if one of the values is not finite, so that a fault upstream stays visible.
 SHOAL_INLINE float quantise_group(const float* x, int8_t* codes, int32_t* total, float* rest) {
     F32 values[kGroupParts];
-    F32 top = zero();
+    F32 top = zero(), faults = zero();
 #pragma GCC unroll 4
     for (int i = 0; i < kGroupParts; ++i) {
         values[i] = load(x + i * kLanes);
         top = max(top, max(values[i], sub(zero(), values[i])));
+        faults = fma(values[i], zero(), faults);
     }
-    const float largest = max_of(top), scale = largest / 127.0f;
-    const F32 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+    const float largest = max_of(top) + sum(faults), scale = largest / 127.0f;
+    if (!(largest >= kSmallestGroup)) {
+        __builtin_memset(codes, 0, 32);
+        *total = 0;
+        if (rest != nullptr) {
+            __builtin_memcpy(rest, x, 32 * sizeof(float));
+        }
+        return scale;
+    }
+    const F32 inverse = set1(127.0f / largest);
     I32 sums = izero();
 #pragma GCC unroll 4
     for (int i = 0; i < kGroupParts; ++i) {
@@ -48,8 +63,8 @@ void quantize_rows(const float* const* x, int64_t rows, int64_t cols, int64_t la
             const bool whole = n == 32;
             if (!whole) {
                 __builtin_memset(padded, 0, sizeof(padded));
-                for (int64_t k = 0; k < n; ++k) {
-                    padded[k] = x[row][g * 32 + k];
+                if (n > 0) {
+                    __builtin_memcpy(padded, x[row] + g * 32, static_cast<uint64_t>(n) * sizeof(float));
                 }
             }
             float* rest_G = rest == nullptr || n == 0 ? nullptr : whole ? rest + row * cols + g * 32 : left_over;

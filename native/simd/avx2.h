@@ -124,6 +124,9 @@ SHOAL_INLINE void store_codes(int8_t* p, I32 v) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, low));
 }
 SHOAL_INLINE I32 iadd(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+SHOAL_INLINE I32 load_codes(const int8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 SHOAL_INLINE F32 load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -102,6 +102,11 @@ SHOAL_INLINE void store_codes(int8_t* p, I32 v) {
     __builtin_memcpy(static_cast<void*>(p), &four, 4);
 }
 SHOAL_INLINE I32 iadd(I32 a, I32 b) { return vaddq_s32(a, b); }
+SHOAL_INLINE I32 load_codes(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
 SHOAL_INLINE F32 load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
 // bf16 products without an instruction for them: the two halves of every pair as f32, two multiply-adds.

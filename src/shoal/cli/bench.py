@@ -26,7 +26,7 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
     weights: Annotated[str, typer.Option(help="auto (as in the file), or f32, bf16, q8, q4, q4m.")] = "auto",
     activations: Annotated[str, typer.Option(help="auto, int8 or int16, where they meet quantised weights.")] = "auto",
-    cache: Annotated[str, typer.Option(help="bf16 or f32, the precision of the attention cache.")] = "bf16",
+    cache: Annotated[str, typer.Option(help="f32, bf16 or int8, the precision of the attention cache.")] = "bf16",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each row; shown are median, least and most.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines also on a terminal.")] = False,
 ) -> None:

@@ -52,8 +52,8 @@ class Case:
 
     @property
     def length(self) -> int:
-        """Tokens that a sequence may come to hold: some are generated while the last of a batch still starts."""
-        return self.depth + self.prompt + 1 + self.gen + (0 if self.batch == 1 else PAGE_TOKENS + 2 * self.batch)
+        """Tokens that a sequence may come to hold: two start it, and some pass while the last of a batch starts."""
+        return self.depth + self.prompt + 2 + self.gen + (0 if self.batch == 1 else PAGE_TOKENS + 2 * self.batch)
 
     @property
     def cache_tokens(self) -> int:
@@ -187,7 +187,7 @@ class Bench:
 
     def _decode(self, case: Case, texts: list[list[int]], times: _Times) -> None:
         """Go on from texts whose pages are in the cache. The clock starts when all sequences generate."""
-        sequences = [self._sequence(tokens, case.length) for tokens in texts]
+        sequences = [self._sequence(tokens, case.length - len(tokens)) for tokens in texts]
         try:
             for sequence in sequences:
                 self._core.submit(sequence)

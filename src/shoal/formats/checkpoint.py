@@ -35,8 +35,8 @@ class LazyTensor:
             tensor. A stack of experts yields one expert at a time, so a conversion never holds the whole stack.
         raw_blocks: for block-quantised storage, the stored bytes as uint8 [rows, bytes of a row] in logical row order
             (all leading axes flattened into rows); None for other storage.
-        split: for an MLA `kv_b_proj` that the file holds as the two halves of absorbed attention, those halves as stored:
-            W_k^b transposed [N, C, H] and W_v^b [N, V, C].
+        split: for an MLA `kv_b_proj` that the file holds as the two halves of absorbed attention, those halves as
+            stored: W_k^b transposed [N, C, H] and W_v^b [N, V, C].
         release: lets the operating system drop the file's pages that were read for it; they can be read again.
     """
 
