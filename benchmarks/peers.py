@@ -30,7 +30,7 @@ import llama_cpp
 import peers_report
 import psutil
 from llama_cpp import LlamaCpp, PeerError
-from random_gguf import SHAPES, file_bytes, write_random
+from random_gguf import REVISION, SHAPES, file_bytes, write_random
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE_BYTES = 1_000_000_000
@@ -99,6 +99,10 @@ class Model:
     def label(self) -> str:
         return f"{self.name}-{self.dtype.lower()}" if self.dtype else self.name
 
+    @property
+    def file_name(self) -> str:
+        return f"{self.label}.gguf" if self.shape is None else f"{self.label}-r{REVISION}.gguf"
+
 
 MODELS = (
     Model(name="smollm2", dtype="Q8_0", cells=("decode", "prompt")),
@@ -136,7 +140,7 @@ def say(text: str) -> None:
 
 def measure_model(run: Run, model: Model) -> None:
     """All cells of a model; its file is made first and, if large, deleted afterwards."""
-    made = model.given is None and not (run.work / f"{model.label}.gguf").exists()
+    made = model.given is None and not (run.work / model.file_name).exists()
     path = _file_of(run, model)
     if path is None:
         return
@@ -199,7 +203,7 @@ def _file_of(run: Run, model: Model) -> Path | None:
     """The model's file, made if it is not there; None if the disk is too full or the model not at hand."""
     if model.given is not None:
         return model.given
-    path = run.work / f"{model.label}.gguf"
+    path = run.work / model.file_name
     if path.exists():
         return path
     if model.shape is not None:

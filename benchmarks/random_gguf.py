@@ -24,6 +24,7 @@ from shoal.formats.gguf_writer import write_model
 from shoal.formats.layout import Shape, expected_tensors
 
 SEED = 1234
+REVISION = 2  # raise it when the weights change: peers.py then writes anew what it had kept
 TYPES = ("Q8_0", "Q4_0", "F16")
 # What a random byte becomes: the lowest code, which has no positive twin, turns into 0, so that codes average 0. With
 # the smallest of other averages all tokens drift into one direction, layer by layer, and choose the same experts.
