@@ -3,6 +3,7 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include <optional>
 #include <utility>
 
+#include "engine/bandwidth.h"
 #include "engine/operations.h"
 #include "engine/pack.h"
 
@@ -108,6 +110,12 @@ void unpack(const Packed& packed, long row, nb::ndarray<float, nb::ndim<1>, nb::
     require(row >= 0 && row < matrix.rows * packed.count && long(out.size()) == matrix.cols, "no such row");
     matrix.data += row / matrix.rows * matrix.bytes();
     shoal::unpack_row(matrix, row % matrix.rows, out.data());
+}
+
+double read_bandwidth(int threads, size_t bytes, int passes) {
+    require(threads > 0 && bytes > 0 && passes > 0, "threads, bytes and passes must be positive");
+    nb::gil_scoped_release unlocked;
+    return shoal::read_bandwidth(threads, bytes, passes);
 }
 
 class PlanEngine {
@@ -235,7 +243,19 @@ class PlanEngine {
             op->normalise = nb::cast<bool>(routing["normalise"]);
             op->scaling = nb::cast<float>(routing["scaling"]);
         }
+        feed_forwards_.push_back(op.get());
         put(std::move(op), true);
+    }
+
+    // How many routed experts all steps so far have read, and their packed bytes; an expert counts once a step.
+    std::pair<size_t, size_t> experts_read() const {
+        size_t count = 0, bytes = 0;
+        for (const shoal::FeedForward* op : feed_forwards_) {
+            if (!op->experts) continue;
+            count += op->expert_reads;
+            bytes += op->expert_reads * (op->expert_gate.bytes() + op->expert_up.bytes() + op->expert_down.bytes());
+        }
+        return {count, bytes};
     }
 
     void head(long in, Floats norm, float eps, const Packed& weight) {
@@ -294,6 +314,7 @@ class PlanEngine {
     }
 
     shoal::Engine engine_;
+    std::vector<const shoal::FeedForward*> feed_forwards_;  // the engine owns them
     std::vector<Bytes> memory_;
     std::vector<Floats> floats_;
     bool wide_, wide_experts_;  // 16-bit activations
@@ -321,10 +342,12 @@ void shoal_bind_engine(nb::module_& m) {
     m.def("packed_bytes", &packed_bytes, "packing"_a, "rows"_a, "cols"_a);
     m.def("pack", &pack, "source"_a, "data"_a.noconvert(), "rows"_a, "cols"_a, "packing"_a, "out"_a.noconvert(),
           "threads"_a = 1, "scales"_a.noconvert() = nb::none(), "minima"_a.noconvert() = nb::none(), "group"_a = 32);
+    m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, "passes"_a);
     nb::class_<PlanEngine>(m, "Engine")
         .def(nb::init<int, bool, bool>(), "threads"_a, "wide"_a = false, "wide_experts"_a = false)
         .def_prop_ro("threads", &PlanEngine::threads)
         .def_prop_ro("cache_bytes", &PlanEngine::cache_bytes)
+        .def_prop_ro("experts_read", &PlanEngine::experts_read)
         .def("buffer", &PlanEngine::buffer, "cols"_a)
         .def("cache", &PlanEngine::cache, "layers"_a, "widths"_a, "type"_a, "pages"_a)
         .def("embed", &PlanEngine::embed, "table"_a, "out"_a)

@@ -125,6 +125,7 @@ struct FeedForward final : Operation {
     std::vector<long> offset;     // [experts + 1] into slots
     std::vector<long> quant_row;  // [experts + 1] into padded rows
     std::vector<int32_t> used;    // experts with at least one token
+    uint64_t expert_reads = 0;    // of all steps together: an expert's weights are read once a step
     void reserve(Engine& engine, const Step& step) override;
     void run(const Worker& worker) override;
 

@@ -75,6 +75,7 @@ void FeedForward::group_slots(long tokens) {
         if (count > 0) used.push_back(int32_t(e));
         offset[e + 1] += offset[e];
     }
+    expert_reads += used.size();
     slot_token.resize(tokens * active);
     slot_weight.resize(tokens * active);
     std::vector<long> at(offset.begin(), offset.end() - 1);

@@ -96,6 +96,7 @@ class Core:
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes
+        self.step_bytes = plan.step_bytes
         self.cache_bytes = plan.engine.cache_bytes
         self.vocab_size = config.vocab_size
         self.known_ids = min(known_ids or config.vocab_size, config.vocab_size)
@@ -113,6 +114,13 @@ class Core:
     @property
     def cache_tokens(self) -> int:
         return self._pool.count * PAGE_TOKENS
+
+    @property
+    def experts_read(self) -> tuple[int, int]:
+        """How many routed experts all steps so far have read, over all layers, and their bytes. Every step also reads
+        `step_bytes`."""
+        count, size = self._engine.experts_read
+        return int(count), int(size)
 
     @property
     def load(self) -> Load:

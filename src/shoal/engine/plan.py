@@ -35,6 +35,7 @@ class Plan:
     cache_layers: int  # layers that cache: the main ones and, if it guesses ahead, one more
     looks_ahead: bool  # program 1 is the first multi-token-prediction layer
     weight_bytes: int = 0
+    step_bytes: int = 0  # what every step of the main network reads: all but routed experts and the embedding's rows
 
 
 @dataclass(kw_only=True)
@@ -44,6 +45,7 @@ class _Writer:
     scheme: str
     threads: int
     weight_bytes: int = 0
+    expert_bytes: int = 0  # of them, routed experts, which a step reads only in part
     buffers: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -63,6 +65,8 @@ class _Writer:
     def packed(self, tensor: LazyTensor) -> native.Packed:
         packed = pack_tensor(tensor, packing_for(tensor, self.scheme), self.threads)
         self.weight_bytes += packed.nbytes
+        if ".mlp.experts." in tensor.name:
+            self.expert_bytes += packed.nbytes
         return packed
 
     def array(self, name: str) -> NDArray[np.float32]:
@@ -98,6 +102,7 @@ def write_plan(
     for layer in range(config.num_hidden_layers):
         _write_layer(out, layer, moe=config.is_moe_layer(layer))
     out.engine.head(hidden, final_norm, config.rms_norm_eps, head)
+    step_bytes = out.weight_bytes - out.expert_bytes - (0 if head is table else table.nbytes)
     looks_ahead = look_ahead and config.num_nextn_predict_layers > 0
     if looks_ahead:
         _write_look_ahead(out, table, head, final_norm)
@@ -108,6 +113,7 @@ def write_plan(
         cache_layers=config.num_hidden_layers + looks_ahead,
         looks_ahead=looks_ahead,
         weight_bytes=out.weight_bytes,
+        step_bytes=step_bytes,
     )
 
 
@@ -259,6 +265,7 @@ def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
         else []
     )
     router = pack_array(out.array(f"{prefix}gate.weight"), "f32")
+    out.weight_bytes += router.nbytes
     routing = {
         "num_experts_per_tok": experts.num_experts_per_tok,
         "n_group": 1 if experts.topk_method == "greedy" else experts.n_group,
