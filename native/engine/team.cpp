@@ -19,6 +19,13 @@ inline void relax() {
 #endif
 }
 
+// One turn of a wait that spins first and then lets others run.
+inline void wait_once(int& spins) {
+    if (spins == kSpinsBeforeYield) return std::this_thread::yield();
+    ++spins;
+    relax();
+}
+
 }  // namespace
 
 Team::Team(int size) : size_(size < 1 ? 1 : size) {
@@ -44,12 +51,7 @@ void Team::run(const std::function<void(int)>& job) {
     }
     if (size_ > 1) wake_.notify_all();
     job(0);
-    for (int spins = 0; running_.load(std::memory_order_acquire) != 0; ++spins) {
-        if (spins < kSpinsBeforeYield)
-            relax();
-        else
-            std::this_thread::yield();
-    }
+    for (int spins = 0; running_.load(std::memory_order_acquire) != 0;) wait_once(spins);
 }
 
 void Team::work(int member) {
@@ -76,12 +78,7 @@ void Team::barrier() {
         phase_.store(phase + 1, std::memory_order_release);
         return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-        if (spins < kSpinsBeforeYield)
-            relax();
-        else
-            std::this_thread::yield();
-    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) wait_once(spins);
 }
 
 }  // namespace shoal

@@ -22,7 +22,8 @@ constexpr long kVocabulary = 67, kHidden = 80, kPages = 10;
 struct Setup {
     bool mla;
     Packing packing;
-    bool bf16_cache, wide;
+    shoal::CacheType cache;
+    bool wide;
     int threads;
 };
 
@@ -49,7 +50,10 @@ class Model {
         auto& head = add<shoal::Head>(false);
         head.input = input();
         head.weight = table;
-        engine_.set_cache(2, shoal::kPageTokens * (setup.mla ? kLatent + 6 : 2 * 2 * 16), setup.bf16_cache, kPages);
+        look_ahead(table);
+        const long row = setup.mla ? shoal::cache_row_bytes(setup.cache, kLatent + 6)
+                                   : 2 * 2 * shoal::cache_row_bytes(setup.cache, 16);
+        engine_.set_cache(2, shoal::kPageTokens * row, setup.cache, kPages);
     }
 
     struct Slice {
@@ -59,7 +63,7 @@ class Model {
     };
 
     // Logits after every token of the slices, whose texts are fixed by their number.
-    Logits run(const std::vector<Slice>& slices) {
+    Logits run(const std::vector<Slice>& slices, size_t program = 0) {
         std::vector<int32_t> token, position, first_row{0}, pages, rows;
         for (const Slice& slice : slices) {
             for (long t = slice.first; t < slice.last; ++t) {
@@ -81,7 +85,8 @@ class Model {
         step.max_pages = long(slices[0].pages.size());
         step.output_row = rows.data();
         step.logits = logits.data();
-        engine_.run(step);
+        step.source = rows.data();
+        engine_.run(program, step);
         return logits;
     }
 
@@ -93,7 +98,7 @@ class Model {
         auto op = std::make_unique<Op>();
         Op& out = *op;
         op->barrier_after = barrier;
-        engine_.add(std::move(op));
+        engine_.add(program_, std::move(op));
         return out;
     }
 
@@ -201,10 +206,25 @@ class Model {
         op.scaling = 2.5f;
     }
 
+    // Program 1: an embedding and the last step's states, through one matrix to logits.
+    void look_ahead(const PackedMatrix& table) {
+        program_ = 1;
+        const long both = engine_.add_buffer(2 * kHidden), next = engine_.add_buffer(kHidden);
+        auto& op = add<shoal::LookAhead>();
+        op.table = table;
+        op.embed_norm = ones(kHidden), op.final_norm = ones(kHidden), op.state_norm = ones(kHidden);
+        op.eps = 1e-5f, op.states = hidden_, op.out = both;
+        linear(both, nullptr, {{matrix(kHidden, 2 * kHidden, 0.2f), next}}, false);
+        auto& head = add<shoal::Head>(false);
+        head.input = {next, ones(kHidden), 1e-5f, setup_.wide};
+        head.weight = table;
+    }
+
     Setup setup_;
     shoal::Engine engine_;
     long hidden_, cosines_, sines_;
     uint32_t seed_ = 1;
+    size_t program_ = 0;
     std::vector<std::unique_ptr<std::vector<float>>> floats_;
     std::vector<std::unique_ptr<std::vector<uint8_t>>> bytes_;
 };
@@ -213,12 +233,17 @@ constexpr long kTokens = 270;  // five pages, the last of them in a second chunk
 
 const std::vector<int32_t> kOwn = {4, 1, 3, 9, 7}, kOther = {0, 5, 2, 6, 8};
 
-// Logits of text 0 in one step.
-Logits whole(Model& model) { return model.run({{0, kTokens, kOwn, 0}}); }
+// Logits of text 0 in one step, and those that look ahead from it.
+Logits whole(Model& model) {
+    Logits logits = model.run({{0, kTokens, kOwn, 0}});
+    const Logits next = model.run({{0, kTokens, kOwn, 0}}, 1);
+    logits.insert(logits.end(), next.begin(), next.end());
+    return logits;
+}
 
 // The same in pieces of these sizes in turn, if wanted beside a second sequence that is a few tokens ahead.
 Logits pieces(Model& model, const std::vector<long>& sizes, bool company) {
-    Logits out;
+    Logits out, ahead_of_it;
     size_t turn = 0;
     long other = 0;
     for (long at = 0; at < kTokens;) {
@@ -226,10 +251,13 @@ Logits pieces(Model& model, const std::vector<long>& sizes, bool company) {
         std::vector<Model::Slice> slices{{at, at + n, kOwn, 0}};
         if (company && ahead > 0) slices.insert(slices.begin(), {other, other + ahead, kOther, 1});
         const Logits logits = model.run(slices);
+        const Logits next = model.run(slices, 1);
         out.insert(out.end(), logits.end() - n * kVocabulary, logits.end());
+        ahead_of_it.insert(ahead_of_it.end(), next.end() - n * kVocabulary, next.end());
         at += n;
         other += company ? ahead : 0;
     }
+    out.insert(out.end(), ahead_of_it.begin(), ahead_of_it.end());
     return out;
 }
 
@@ -264,17 +292,47 @@ int check(Setup setup, const char* isa) {
     return failed;
 }
 
+// Rows of the int8 cache, there and back: zeros, tiny values and one huge one; a fault shows in its own group alone.
+int check_cache_rows(const shoal::Ops& ops) {
+    constexpr long width = 150;
+    std::vector<float> values(width);
+    for (long i = 0; i < width; ++i) values[i] = float(i % 50 - 25);
+    values[3] = 1e-40f, values[10] = 2000.0f;
+    std::fill(values.begin() + 64, values.begin() + 128, 3e-39f);
+    int failed = 0;
+    for (const float fault : {0.0f, NAN, -INFINITY}) {
+        values[149] = fault;
+        std::vector<uint8_t> row(shoal::cache_row_bytes(shoal::CacheType::int8, width));
+        shoal::store_cache_row(shoal::CacheType::int8, row.data(), values.data(), width);
+        std::vector<uint16_t> wide(width);
+        ops.widen_rows(row.data(), long(row.size()), shoal::round_up(width, 4), 1, width, wide.data());
+        for (long i = 0; i < width; ++i) {
+            const uint32_t bits = uint32_t(wide[i]) << 16;
+            float value;
+            std::memcpy(&value, &bits, 4);
+            const float top = i < 64 ? 2000.0f : 25.0f;  // half a step of the code, and bf16's rounding
+            const bool near = std::fabs(value - values[i]) <= top / 250.0f + std::fabs(values[i]) / 256.0f;
+            failed += i < 128 || std::isfinite(fault) ? !near : !std::isnan(value);
+        }
+    }
+    if (failed) std::fprintf(stderr, "%s: %d values of int8 cache rows are wrong\n", ops.isa, failed);
+    return failed;
+}
+
 }  // namespace
 
 int main() {
+    using shoal::CacheType;
     int passed = 0, failed = 0;
     for (const shoal::Ops* ops : shoal::available_isas()) {
         shoal::select_isa(ops->isa);
+        ++(check_cache_rows(*ops) ? failed : passed);
         for (const bool mla : {false, true}) {
             for (const Setup& setup :
-                 {Setup{mla, Packing::f32, false, false, 1}, Setup{mla, Packing::bf16, true, false, 1},
-                  Setup{mla, Packing::q8, true, true, 1}, Setup{mla, Packing::q4, true, false, 1},
-                  Setup{mla, Packing::q4m, false, true, 1}}) {
+                 {Setup{mla, Packing::f32, CacheType::f32, false, 1},
+                  Setup{mla, Packing::bf16, CacheType::bf16, false, 1},
+                  Setup{mla, Packing::q8, CacheType::bf16, true, 1}, Setup{mla, Packing::q4, CacheType::int8, false, 1},
+                  Setup{mla, Packing::q4m, CacheType::f32, true, 1}}) {
                 ++(check(setup, ops->isa) ? failed : passed);
             }
         }

@@ -185,6 +185,26 @@ bool check_matmul_f(const Ops& ops, const Ops& scalar) {
     return true;
 }
 
+bool check_widen_rows(const Ops& ops, const Ops& scalar) {
+    for (int width = 1; width <= 140; ++width) {
+        const int rows = width % 5, scales_at = (width + 3) / 4 * 4, bytes = scales_at + (width + 63) / 64 * 4;
+        Random random(static_cast<uint32_t>(width));
+        Array<uint8_t> x(rows * bytes);
+        for (int64_t i = 0; i < x.size; ++i) x.data[i] = static_cast<uint8_t>(random.below(256));
+        for (int row = 0; row < rows; ++row) {
+            for (int at = scales_at; at < bytes; at += 4) {
+                const float scale = random.unit();
+                std::memcpy(x.get() + row * bytes + at, &scale, 4);
+            }
+        }
+        Array<uint16_t> y(rows * width), truth(rows * width);
+        ops.widen_rows(x.get(), bytes, scales_at, rows, width, y.get());
+        scalar.widen_rows(x.get(), bytes, scales_at, rows, width, truth.get());
+        if (!y.same(truth)) return fail("widen_rows", ops, rows, width, 0);
+    }
+    return true;
+}
+
 struct Attended {
     explicit Attended(int64_t values) : top(16), total(16), out(values) {
         for (int lane = 0; lane < 16; ++lane) top.data[lane] = -1e30f;
@@ -240,10 +260,8 @@ bool check_attend(const Ops& ops, const Ops& scalar) {
 
 const std::vector<PackedCase>& packed_cases() {
     static const std::vector<PackedCase> cases = {
-        {"quantize_rows", check_quantize_rows},
-        {"matmul_q", check_matmul_q},
-        {"matmul_f", check_matmul_f},
-        {"attend", check_attend},
+        {"quantize_rows", check_quantize_rows}, {"matmul_q", check_matmul_q}, {"matmul_f", check_matmul_f},
+        {"widen_rows", check_widen_rows},       {"attend", check_attend},
     };
     return cases;
 }

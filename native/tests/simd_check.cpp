@@ -116,6 +116,26 @@ void check_formats() {
     }
 }
 
+void check_codes() {
+    for (int code = -127; code <= 127; ++code) {
+        float in[kLanes];
+        int8_t out[kLanes];
+        for (int i = 0; i < kLanes; ++i) {  // ties among them
+            in[i] = static_cast<float>((code + 127 + i) % 255 - 127) + (i % 3 == 2 ? 0.25f : i % 3 ? 0.0f : 0.5f);
+            in[i] = in[i] > 127.0f ? 127.0f : in[i];
+        }
+        const I32 rounded = round_i32(load(in));
+        store_codes(out, rounded);
+        float back[kLanes], twice[kLanes];
+        store(back, to_f32(load_codes(out)));
+        store(twice, to_f32(iadd(rounded, rounded)));
+        for (int i = 0; i < kLanes; ++i) {
+            const float whole = __builtin_rintf(in[i]);
+            expect(out[i] == whole && back[i] == whole && twice[i] == 2 * whole, "an int8 code", in[i]);
+        }
+    }
+}
+
 void check_dots() {
     int8_t a[kBytes], b[kBytes];
     for (int x = -128; x <= 127; ++x) {
@@ -168,6 +188,7 @@ extern "C" int SHOAL_JOIN(shoal_simd_check_, SHOAL_ISA)() {
     check_memory();
     check_lanes();
     check_formats();
+    check_codes();
     check_dots();
     check_exp();
     return failures;

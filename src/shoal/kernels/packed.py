@@ -13,10 +13,10 @@ import numpy.typing as npt
 from shoal.kernels import extension
 from shoal.kernels import reference_packed as reference
 from shoal.kernels.arrays import checked, flat, rows_contiguous
-from shoal.kernels.reference_packed import KEY_BLOCK, LANES, AttendState, QuantRows
-from shoal.kernels.reference_packing import PACKINGS, PackedWeights
+from shoal.kernels.reference_packed import CACHE_GROUP, KEY_BLOCK, LANES, AttendState, QuantRows
+from shoal.kernels.reference_packing import PACKINGS, PackedWeights, padded_size
 
-__all__ = ["AttendState", "PackedWeights", "QuantRows", "attend", "matmul_f", "matmul_q", "quantize_rows"]
+__all__ = ["AttendState", "PackedWeights", "QuantRows", "attend", "matmul_f", "matmul_q", "quantize_rows", "widen_rows"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -81,6 +81,24 @@ def matmul_f(weights: PackedWeights, x_TC: F32, onto: F32 | None = None) -> F32:
     else:
         rows = x_TC.copy() if np.may_share_memory(x_TC, y) else flat(x_TC)
         native.matmul_f(PACKINGS.index(weights.packing), weights.tiles, rows, y, onto is not None)
+    return y
+
+
+def widen_rows(stored_SB: npt.NDArray[np.uint8], width: int) -> npt.NDArray[ml_dtypes.bfloat16]:
+    """Cached int8 rows [S, bytes] to bfloat16 [S, width]; a row is `width` codes, padded to 4 bytes, then a float32
+    scale for every 64 of them.
+
+    Raises:
+        ValueError: rows of another size.
+    """
+    row_bytes = padded_size(width, 4) + 4 * (padded_size(width, CACHE_GROUP) // CACHE_GROUP)
+    if stored_SB.dtype != np.uint8 or stored_SB.ndim != 2 or stored_SB.shape[1] != row_bytes:
+        raise ValueError(f"stored: {stored_SB.dtype} {stored_SB.shape}, expected uint8 rows of {row_bytes} bytes")
+    native = extension.load()
+    if native is None:
+        return reference.widen_rows(stored_SB, width)
+    y = np.empty((stored_SB.shape[0], width), ml_dtypes.bfloat16)
+    native.widen_rows(np.ascontiguousarray(stored_SB), padded_size(width, 4), y.view(np.uint16))
     return y
 
 

@@ -15,11 +15,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from shoal.kernels.reference_packing import BLOCK_COLS, GROUP, PackedWeights, T, groups_of, padded_size, unpack
+from shoal.kernels.reference_packing import BLOCK_COLS, GROUP, Bytes, PackedWeights, T, groups_of, padded_size, unpack
 
 F32 = npt.NDArray[np.float32]
 
 KEY_BLOCK, LANES = 64, 16
+CACHE_GROUP = 64  # cached int8 values that share a scale
 MASKED = -1e30
 SMALLEST_GROUP = np.float32(1e-36)  # quantize_rows takes groups of smaller values for zeros
 
@@ -68,7 +69,7 @@ class AttendState:
 
 def quantize_rows(x_TC: F32, lanes: int = 1) -> QuantRows:
     """Groups of 32: scale = largest magnitude / 127, code = x · (127 / largest) rounded to nearest even. A group with a
-    value that is not finite gets a scale of NaN."""
+    value that is not finite gets a scale of NaN and, like one of values below 1e-36, codes of 0."""
     rows, cols = x_TC.shape
     padded = np.zeros((padded_size(rows, lanes), padded_size(cols, BLOCK_COLS)), np.float32)
     padded[:rows, :cols] = x_TC
@@ -76,9 +77,9 @@ def quantize_rows(x_TC: F32, lanes: int = 1) -> QuantRows:
     largest = np.where(np.isfinite(x).all(axis=-1), np.abs(x).max(axis=-1, initial=0), np.float32(np.nan))
     with np.errstate(all="ignore"):
         inverse = np.where(largest >= SMALLEST_GROUP, np.float32(127) / largest, np.float32(0))
-        codes = np.nan_to_num(np.rint(x * inverse[..., None]), nan=0).astype(np.int8)
+        codes = np.where(inverse[..., None] > 0, np.rint(x * inverse[..., None]), 0).astype(np.int8)
         scales = largest / np.float32(127)
-        rest = (x - scales[..., None] * codes.astype(np.float32)).reshape(padded.shape)[:rows, :cols]
+        rest = x - np.nan_to_num(scales, nan=0)[..., None] * codes.astype(np.float32)
     sums = codes.sum(axis=-1, dtype=np.int32)
 
     return QuantRows(
@@ -87,7 +88,7 @@ def quantize_rows(x_TC: F32, lanes: int = 1) -> QuantRows:
         codes=_interleave(codes.reshape(padded.shape[0], padded.shape[1] // 4, 4), lanes),
         scales=_interleave(scales, lanes),
         sums=_interleave(sums, lanes),
-        rest=rest,
+        rest=rest.reshape(padded.shape)[:rows, :cols],
     )
 
 
@@ -119,6 +120,15 @@ def matmul_f(weights: PackedWeights, x_TC: F32, onto: F32 | None = None) -> F32:
         y = x_TC.astype(np.float64) @ unpack(weights).T.astype(np.float64)
         rounded: F32 = (y if onto is None else y + onto).astype(np.float32)
     return rounded
+
+
+def widen_rows(stored_SB: Bytes, width: int) -> npt.NDArray[ml_dtypes.bfloat16]:
+    """Cached int8 rows to bfloat16 [S, width]: a row is `width` codes, padded to 4 bytes, and a float32 scale for every
+    64 of them. Each value is code · scale in float32, rounded once more."""
+    codes = stored_SB[:, :width].view(np.int8).astype(np.float32)
+    scales = np.ascontiguousarray(stored_SB[:, padded_size(width, 4) :]).view(np.float32)
+    y: npt.NDArray[ml_dtypes.bfloat16] = codes * np.repeat(scales, CACHE_GROUP, axis=1)[:, :width]
+    return y.astype(ml_dtypes.bfloat16)
 
 
 def attend(
