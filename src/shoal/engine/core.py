@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shoal.config import ModelConfig
 from shoal.engine.pages import PagePool
-from shoal.engine.plan import PAGE_TOKENS, write_plan
+from shoal.engine.plan import PAGE_TOKENS, Moments, write_plan
 from shoal.engine.sampler import likeliest, log_softmax
 from shoal.engine.scheduler import Scheduler, Slice
 from shoal.engine.sequence import Produced, Sequence
@@ -35,6 +35,7 @@ class Core:
         cache: `bf16` or `f32`.
         cache_tokens: how many tokens the cache holds over all sequences.
         known_ids: ids from here on are padding of the embedding table and are never chosen.
+        moments: to be filled with what every matrix meets (`plan.write_plan`), for calibration.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Core:
         cache_tokens: int,
         max_running: int = 64,
         known_ids: int | None = None,
+        moments: Moments | None = None,
     ) -> None:
         if cache not in ("bf16", "f32"):
             raise ConfigError("cache", f"{cache!r} is not one of bf16, f32")
         config = checkpoint.config
         self.threads = threads or len(os.sched_getaffinity(0))
-        plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=_wide(activations, config))
+        wide = _wide(activations, config)
+        plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=wide, moments=moments)
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(config.num_hidden_layers, plan.page_values, cache == "bf16", pages)
         self.weight_bytes = plan.weight_bytes
