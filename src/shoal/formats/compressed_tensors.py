@@ -185,7 +185,7 @@ def unpack_rows(packed_RW: NDArray[np.int32], bits: int, cols: int) -> Codes:
     rows = packed_RW.shape[0]
     raw = np.ascontiguousarray(packed_RW).view(np.uint8)
     if bits == 8:
-        return (raw[:, :cols] ^ np.uint8(128)).view(np.int8)
+        return np.asarray(raw[:, :cols] ^ np.uint8(128)).view(np.int8)
     if bits == 4:
         pairs: NDArray[np.int16] = np.take(_NIBBLES.view(np.int16).reshape(-1), raw)
         return pairs.view(np.int8)[:, :cols]
@@ -288,7 +288,7 @@ class StoredMatrix:
         groups = self.scheme.scale_shape(self.shape)
         stored = self._part("weight_zero_point")
         if stored.dtype == np.int32:
-            return unpack_rows(np.ascontiguousarray(stored.T), self.scheme.bits, self.shape[0]).T
+            return np.asarray(unpack_rows(np.ascontiguousarray(stored.T), self.scheme.bits, self.shape[0]).T)
         return np.asarray(stored.reshape(groups), np.int8)
 
     @property
