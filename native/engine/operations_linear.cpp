@@ -15,6 +15,21 @@ void Embed::run(const Worker& worker) {
     }
 }
 
+void LookAhead::run(const Worker& worker) {
+    const long cols = table.cols;
+    const float* from = worker.engine.buffer(states, 0);
+    float* x = worker.engine.buffer(out, worker.step.tokens);
+    long first, last;
+    while (worker.next(0, worker.step.tokens, 1, first, last)) {
+        float* embedded = x + first * 2 * cols;
+        float* state = embedded + cols;
+        unpack_row(table, worker.step.token[first], embedded);
+        worker.ops.rms_norm(embedded, cols, embed_norm, eps, embedded, cols, 1, cols);
+        worker.ops.rms_norm(from + worker.step.source[first] * cols, cols, final_norm, eps, state, cols, 1, cols);
+        worker.ops.rms_norm(state, cols, state_norm, eps, state, cols, 1, cols);
+    }
+}
+
 void RopeTable::run(const Worker& worker) {
     const long half = long(inverse_frequency.size());
     float* cos_TR = worker.engine.buffer(cosines, worker.step.tokens);

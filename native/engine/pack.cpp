@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -13,6 +14,9 @@ struct Group {
     float scale = 0, minimum = 0;
     uint8_t codes[kGroup] = {};  // already in the packed form's offset: q8 code + 128, q4 code 0..15
 };
+
+// The stored code of a zero in padding, whose scale and minimum are 0 too.
+constexpr uint8_t zero_code(Packing packing) { return packing == Packing::q8 ? 128 : packing == Packing::q4 ? 8 : 0; }
 
 uint16_t load16(const uint8_t* at) {
     uint16_t value;
@@ -34,28 +38,37 @@ float float_at(const SourceRows& source, const uint8_t* row, long col) {
     return value;
 }
 
-void quantise(const float* values, Packing packing, Group& group) {
+// 1 / scale; 0 where the scale is 0 or so small that the quotient is no float: every code then stands for zero.
+float inverse_of(float scale) {
+    const float inverse = 1.0f / scale;
+    return std::isfinite(inverse) ? inverse : 0.0f;
+}
+
+// Rounds n <= 32 values to codes as GGUF's own quantiser does; the columns beyond them stand for zero. A value that is
+// not finite makes the scale NaN, so that it shows in every product.
+void quantise(const float* values, long n, Packing packing, Group& group) {
     float low = values[0], high = values[0], peak = values[0];
-    for (long k = 1; k < kGroup; ++k) {
+    bool finite = true;
+    for (long k = 0; k < n; ++k) {
         low = std::min(low, values[k]);
         high = std::max(high, values[k]);
         if (std::fabs(values[k]) > std::fabs(peak)) peak = values[k];
+        finite = finite && std::isfinite(values[k]);
     }
-    if (packing == Packing::q8) {
-        const float scale = std::fabs(peak) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        group.scale = scale;
-        for (long k = 0; k < kGroup; ++k) group.codes[k] = uint8_t(128 + int(std::lround(values[k] * inverse)));
-    } else if (packing == Packing::q4) {
-        const float scale = peak / -8.0f, inverse = scale != 0 ? 1.0f / scale : 0.0f;
-        group.scale = scale;
-        for (long k = 0; k < kGroup; ++k)
-            group.codes[k] = uint8_t(std::clamp(int(std::floor(values[k] * inverse + 8.5f)), 0, 15));
-    } else {
-        const float scale = (high - low) / 15.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        group.scale = scale;
-        group.minimum = low;
-        for (long k = 0; k < kGroup; ++k)
-            group.codes[k] = uint8_t(std::clamp(int(std::floor((values[k] - low) * inverse + 0.5f)), 0, 15));
+    const float scale = packing == Packing::q8   ? std::fabs(peak) / 127.0f
+                        : packing == Packing::q4 ? peak / -8.0f
+                                                 : (high - low) / 15.0f;
+    const float inverse = inverse_of(scale);
+    group.scale = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+    std::fill(group.codes, group.codes + kGroup, zero_code(packing));
+    if (packing == Packing::q4m) group.minimum = low;
+    for (long k = 0; finite && k < n; ++k) {
+        if (packing == Packing::q8) {
+            group.codes[k] = uint8_t(128 + int(std::lround(values[k] * inverse)));
+            continue;
+        }
+        const float shifted = packing == Packing::q4 ? values[k] * inverse + 8.5f : (values[k] - low) * inverse + 0.5f;
+        group.codes[k] = uint8_t(std::clamp(int(std::floor(shifted)), 0, 15));
     }
 }
 
@@ -109,15 +122,16 @@ void decode(const SourceRows& source, const uint8_t* row, long row_index, long g
             const long at = row_index * ((cols + source.group - 1) / source.group) + first / source.group;
             group.scale = source.scales[at];
             if (source.minima) group.minimum = source.minima[at];
-            const int offset = packing == Packing::q8 ? 128 : packing == Packing::q4 ? 8 : 0;
+            const int offset = zero_code(packing);
             for (long k = 0; k < kGroup; ++k)
                 group.codes[k] = uint8_t((first + k < cols ? int8_t(row[first + k]) : 0) + offset);
             return;
         }
         default: {
             float values[kGroup];
-            for (long k = 0; k < kGroup; ++k) values[k] = first + k < cols ? float_at(source, row, first + k) : 0.0f;
-            quantise(values, packing, group);
+            const long n = std::min(kGroup, cols - first);
+            for (long k = 0; k < n; ++k) values[k] = float_at(source, row, first + k);
+            quantise(values, n, packing, group);
         }
     }
 }
@@ -138,17 +152,82 @@ void place(const Group& group, Packing packing, long row, long half, uint8_t* bl
         codes[(half * 4 + k / 4) * 64 + row * 4 + k % 4] = uint8_t(group.codes[k] | group.codes[k + 16] << 4);
 }
 
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// GGUF's plain blocks hold the packed form's bytes already: a step of q8 codes is 4 bytes of the block plus 128, and a
+// byte of q4 pairs the codes k and k + 16 in both. So packing is a transposition of 4-byte words, as fast as memory
+// allows.
+constexpr long stored_bytes(Source kind) { return kind == Source::q8_0 ? 34 : kind == Source::q4_0 ? 18 : 20; }
+
+template <Source Kind>
+void pack_plain_tile(const SourceRows& source, long tile, long rows, long cols, Packing packing, uint8_t* out) {
+    constexpr long stored = stored_bytes(Kind), steps = Kind == Source::q8_0 ? 8 : 4;
+    constexpr long head = Kind == Source::q4_1 ? 4 : 2, codes_at = Kind == Source::q4_1 ? 128 : 64;
+    const size_t bytes = block_bytes(packing);
+    const long lanes = std::min(kTileRows, rows - tile * kTileRows);
+    for (long group = 0; group < cols / kGroup; ++group) {
+        uint8_t* block = out + group / 2 * bytes;
+        const long half = group % 2;
+        for (long lane = 0; lane < lanes; ++lane) {
+            const uint8_t* from = source.data + (tile * kTileRows + lane) * source.row_bytes + group * stored;
+            std::memcpy(block + 2 * (half * 16 + lane), from, 2);
+            if (Kind == Source::q4_1) std::memcpy(block + 64 + 2 * (half * 16 + lane), from + 2, 2);
+            for (long step = 0; step < steps; ++step) {
+                uint32_t word;
+                std::memcpy(&word, from + head + 4 * step, 4);
+                if (Kind == Source::q8_0) word ^= 0x80808080u;
+                std::memcpy(block + codes_at + (half * steps + step) * 64 + lane * 4, &word, 4);
+            }
+        }
+    }
+}
+
+// Likewise int8 codes: a byte's low four bits are its 4-bit code already, but for the offset.
+void pack_code_tile(const SourceRows& source, long tile, long cols, Packing packing, uint8_t* out) {
+    const size_t bytes = block_bytes(packing);
+    const bool wide = packing == Packing::q8, with_minimum = packing == Packing::q4m;
+    const long groups = (cols + source.group - 1) / source.group, steps = wide ? 8 : 4,
+               codes_at = with_minimum ? 128 : 64;
+    const uint32_t flip = packing == Packing::q4 ? 0x08080808u : 0;
+    for (long group = 0; group < cols / kGroup; ++group) {
+        uint8_t* block = out + group / 2 * bytes;
+        auto* scales = reinterpret_cast<uint16_t*>(block);
+        const long half = group % 2;
+        for (long lane = 0; lane < kTileRows; ++lane) {
+            const long row = tile * kTileRows + lane, at = row * groups + group * kGroup / source.group;
+            const uint8_t* from = source.data + row * source.row_bytes + group * kGroup;
+            scales[half * 16 + lane] = float_to_half(source.scales[at]);
+            if (with_minimum) scales[32 + half * 16 + lane] = float_to_half(source.minima ? source.minima[at] : 0.0f);
+            for (long step = 0; step < steps; ++step) {
+                uint32_t word, high;
+                std::memcpy(&word, from + 4 * step, 4);
+                if (wide) {
+                    word ^= 0x80808080u;
+                } else {
+                    std::memcpy(&high, from + 16 + 4 * step, 4);
+                    word = ((word & 0x0f0f0f0fu) ^ flip) | ((high & 0x0f0f0f0fu) ^ flip) << 4;
+                }
+                std::memcpy(block + codes_at + (half * steps + step) * 64 + lane * 4, &word, 4);
+            }
+        }
+    }
+}
+
+// Whether every byte of the tile comes from the fast path: whole groups in pairs and all 16 rows.
+bool is_plain(const SourceRows& source, long tile, long rows, long cols) {
+    const bool kind = source.kind == Source::q8_0 || source.kind == Source::q4_0 || source.kind == Source::q4_1 ||
+                      source.kind == Source::codes;
+    return kind && cols % kBlockCols == 0 && (tile + 1) * kTileRows <= rows;
 }
 
 void pack_tile(const SourceRows& source, long tile, long rows, long cols, Packing packing, uint8_t* out) {
+    if (is_plain(source, tile, rows, cols)) {
+        if (source.kind == Source::codes) return pack_code_tile(source, tile, cols, packing, out);
+        if (source.kind == Source::q8_0) return pack_plain_tile<Source::q8_0>(source, tile, rows, cols, packing, out);
+        if (source.kind == Source::q4_0) return pack_plain_tile<Source::q4_0>(source, tile, rows, cols, packing, out);
+        return pack_plain_tile<Source::q4_1>(source, tile, rows, cols, packing, out);
+    }
     const size_t bytes = block_bytes(packing);
     const long blocks = (cols + kBlockCols - 1) / kBlockCols, groups = (cols + kGroup - 1) / kGroup;
     std::memset(out, 0, blocks * bytes);
-    // Padding must count as zero: a q8 code of 128 with scale 0.
     for (long lane = 0; lane < kTileRows; ++lane) {
         const long row = tile * kTileRows + lane;
         const uint8_t* data = row < rows ? source.data + row * source.row_bytes : nullptr;
@@ -160,7 +239,7 @@ void pack_tile(const SourceRows& source, long tile, long rows, long cols, Packin
                     if (packing == Packing::f32)
                         reinterpret_cast<float*>(at)[k * 16 + lane] = value;
                     else
-                        reinterpret_cast<uint16_t*>(at)[k * 16 + lane] = to_bf16(value);
+                        reinterpret_cast<uint16_t*>(at)[k * 16 + lane] = float_to_bf16(value);
                 }
                 continue;
             }
@@ -170,7 +249,7 @@ void pack_tile(const SourceRows& source, long tile, long rows, long cols, Packin
                 if (data && index < groups)
                     decode(source, data, row, index, cols, packing, group);
                 else
-                    std::memset(group.codes, packing == Packing::q8 ? 128 : packing == Packing::q4 ? 8 : 0, kGroup);
+                    std::memset(group.codes, zero_code(packing), kGroup);
                 place(group, packing, lane, half, at);
             }
         }

@@ -43,7 +43,8 @@ SHOAL_INLINE void float_tile(F32 (&acc)[T][kParts], const uint8_t* tile, int64_t
                     const F32 w = weights_at<Bf16>(tile, k + s, part);
 #pragma GCC unroll 4
                     for (int t = 0; t < T; ++t) {
-                        sums[s][t][part] = fma(w, set1(x[t * x_stride + first + k + s]), sums[s][t][part]);
+                        sums[s][t][part] =
+                            fma(w, set1(read<float>(x + t * x_stride + first + k + s)), sums[s][t][part]);
                     }
                 }
             }
@@ -52,7 +53,7 @@ SHOAL_INLINE void float_tile(F32 (&acc)[T][kParts], const uint8_t* tile, int64_t
             for (int part = 0; part < kParts; ++part) {
                 const F32 w = weights_at<Bf16>(tile, k, part);
                 for (int t = 0; t < T; ++t) {
-                    sums[0][t][part] = fma(w, set1(x[t * x_stride + first + k]), sums[0][t][part]);
+                    sums[0][t][part] = fma(w, set1(read<float>(x + t * x_stride + first + k)), sums[0][t][part]);
                 }
             }
         }

@@ -1,4 +1,7 @@
 // Activations to int8: one scale for 32 values, the largest of them becoming 127. See ops.h for shapes.
+//
+// No step is left to the instruction set (one division, one product and one rounding a value), so every table gives the
+// same bits.
 #pragma once
 
 #include "simd/common.h"
@@ -6,35 +9,43 @@
 namespace shoal::SHOAL_ISA {
 namespace {
 
-SHOAL_INLINE float largest_of_group(const float* x, int64_t n) {
-    F32 top = zero();
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const F32 v = load(x + i);
-        top = max(top, max(v, sub(zero(), v)));
-    }
-    float largest = max_of(top);
-    for (; i < n; ++i) {
-        const float magnitude = x[i] < 0.0f ? -x[i] : x[i];
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    return largest;
-}
+constexpr int kGroupParts = 32 / kLanes;  // vectors in a group
+// Groups of smaller values count as zeros: 127 / largest would overflow.
+constexpr float kSmallestGroup = 1e-36f;
 
-// Rounds to nearest even by adding 1.5 * 2^23, whose bits then hold the whole number: no conversion instruction, so the
-// loop vectorises on every instruction set.
-SHOAL_INLINE int32_t quantise_group(const float* x, int64_t n, float inverse, int8_t* codes) {
-    int32_t total = 0;
-    for (int64_t k = 0; k < n; ++k) {
-        const float shifted = x[k] * inverse + 12582912.0f;
-        const int32_t code = __builtin_bit_cast(int32_t, shifted) - 0x4B400000;
-        codes[k] = static_cast<int8_t>(code);
-        total += code;
+// Codes of 32 values and their sum; what the codes leave goes to `rest` if it is not null. Returns the scale, which is
+// NaN if one of the values is not finite, so that a fault upstream stays visible.
+SHOAL_INLINE float quantise_group(const float* x, int8_t* codes, int32_t* total, float* rest) {
+    F32 values[kGroupParts];
+    F32 top = zero(), faults = zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroupParts; ++i) {
+        values[i] = load(x + i * kLanes);
+        top = max(top, max(values[i], sub(zero(), values[i])));
+        faults = fma(values[i], zero(), faults);
     }
-    for (int64_t k = n; k < 32; ++k) {
-        codes[k] = 0;
+    const float largest = max_of(top) + sum(faults), scale = largest / 127.0f;
+    if (!(largest >= kSmallestGroup)) {
+        __builtin_memset(codes, 0, 32);
+        *total = 0;
+        if (rest != nullptr) {
+            __builtin_memcpy(rest, x, 32 * sizeof(float));
+        }
+        return scale;
     }
-    return total;
+    const F32 inverse = set1(127.0f / largest);
+    I32 sums = izero();
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroupParts; ++i) {
+        const I32 code = round_i32(mul(values[i], inverse));
+        store_codes(codes + i * kLanes, code);
+        sums = iadd(sums, code);
+        if (rest != nullptr) {
+            store(rest + i * kLanes, sub(values[i], mul(set1(scale), to_f32(code))));
+        }
+    }
+    *total = isum(sums);
+    return scale;
 }
 
 void quantize_rows(const float* const* x, int64_t rows, int64_t cols, int64_t lanes, int8_t* codes, float* scales,
@@ -48,20 +59,27 @@ void quantize_rows(const float* const* x, int64_t rows, int64_t cols, int64_t la
             const int64_t left = row < rows ? cols - g * 32 : 0;
             const int64_t n = left < 0 ? 0 : left > 32 ? 32 : left;
             alignas(64) int8_t group[32];
-            const float* x_G = n > 0 ? x[row] + g * 32 : nullptr;
-            const float largest = n > 0 ? largest_of_group(x_G, n) : 0.0f;
-            const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-            scales[at + g * lanes + lane] = largest / 127.0f;
-            sums[at + g * lanes + lane] =
-                n == 32 ? quantise_group(x_G, 32, inverse, group) : quantise_group(x_G, n, inverse, group);
-            if (rest != nullptr) {
-                const float scale = largest / 127.0f;
-                for (int64_t k = 0; k < n; ++k) {
-                    rest[row * cols + g * 32 + k] = x_G[k] - scale * static_cast<float>(group[k]);
+            alignas(64) float padded[32], left_over[32];
+            const bool whole = n == 32;
+            if (!whole) {
+                __builtin_memset(padded, 0, sizeof(padded));
+                if (n > 0) {
+                    __builtin_memcpy(padded, x[row] + g * 32, static_cast<uint64_t>(n) * sizeof(float));
                 }
             }
+            float* rest_G = rest == nullptr || n == 0 ? nullptr : whole ? rest + row * cols + g * 32 : left_over;
+            scales[at + g * lanes + lane] =
+                quantise_group(whole ? x[row] + g * 32 : padded, group, &sums[at + g * lanes + lane], rest_G);
+            if (!whole && rest_G != nullptr) {
+                __builtin_memcpy(rest + row * cols + g * 32, left_over, static_cast<uint64_t>(n) * sizeof(float));
+            }
+            if (lanes == 1) {
+                __builtin_memcpy(block_codes + g * 32, group, 32);
+                continue;
+            }
+#pragma GCC unroll 8
             for (int64_t step = 0; step < 8; ++step) {
-                __builtin_memcpy(block_codes + ((g * 8 + step) * lanes + lane) * 4, group + step * 4, 4);
+                __builtin_memcpy(block_codes + ((g * 8 + step) * 4 + lane) * 4, group + step * 4, 4);
             }
         }
     }

@@ -117,6 +117,16 @@ SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) {
     __builtin_memcpy(&four, x4, 4);
     return dot_i8(acc, w, _mm256_set1_epi32(four));
 }
+SHOAL_INLINE I32 round_i32(F32 v) { return _mm256_cvtps_epi32(v); }
+SHOAL_INLINE void store_codes(int8_t* p, I32 v) {
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(v, v), 0x08);
+    const __m128i low = _mm256_castsi256_si128(halves);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, low));
+}
+SHOAL_INLINE I32 iadd(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+SHOAL_INLINE I32 load_codes(const int8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 SHOAL_INLINE F32 load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -87,6 +87,14 @@ SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) {
     __builtin_memcpy(&four, x4, 4);
     return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
 }
+SHOAL_INLINE I32 round_i32(F32 v) { return _mm512_cvtps_epi32(v); }
+SHOAL_INLINE void store_codes(int8_t* p, I32 v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+SHOAL_INLINE I32 iadd(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+SHOAL_INLINE I32 load_codes(const int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 SHOAL_INLINE F32 load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

@@ -11,9 +11,10 @@
 //   dot_codes(acc, w, x4)           acc += groups of 4 products of w with the 4 int8 at x4, the same for every lane;
 //                                   w is stored_codes or nibbles; what stored_codes adds to a code is kStoredOffset
 //   iset1 load_f16                  int32 broadcast; kLanes halves
+//   load_codes                      kLanes int8 to int32
+//   iadd round_i32 store_codes      sum; f32 to int32, ties to even; the low bytes of kLanes int32 in [-127, 127]
 //   Pairs load_pairs zip_rows dot_pair   2 * kLanes bf16: as stored; of two rows, element by element; acc += products
-//   with
-//                                        the two bf16 at a pointer, the same for every lane
+//                                        with the two bf16 at a pointer, the same for every lane
 //   kMaxTokenBlocks kQueryBlock kPrefetchBytes   how many accumulators the registers hold; how far to read ahead
 //
 // The _n forms touch the first n elements of memory (0 < n <= kLanes) and read the rest as zero. max(a, b) is
@@ -24,3 +25,16 @@
 #include <cstdint>
 
 #define SHOAL_INLINE inline __attribute__((always_inline))
+
+namespace shoal {
+namespace {
+
+template <class T>
+SHOAL_INLINE T read(const void* p) {  // memcpy: a tensor in a mapped file may start at an odd byte
+    T value;
+    __builtin_memcpy(&value, p, sizeof(T));
+    return value;
+}
+
+}  // namespace
+}  // namespace shoal

@@ -95,6 +95,18 @@ SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) {
     __builtin_memcpy(&four, x4, 4);
     return vdotq_s32(acc, w, vreinterpretq_s8_s32(vdupq_n_s32(four)));
 }
+SHOAL_INLINE I32 round_i32(F32 v) { return vcvtnq_s32_f32(v); }
+SHOAL_INLINE void store_codes(int8_t* p, I32 v) {
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(vmovn_s32(v), vdup_n_s16(0)));
+    const int32_t four = vget_lane_s32(vreinterpret_s32_s8(bytes), 0);
+    __builtin_memcpy(static_cast<void*>(p), &four, 4);
+}
+SHOAL_INLINE I32 iadd(I32 a, I32 b) { return vaddq_s32(a, b); }
+SHOAL_INLINE I32 load_codes(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
 SHOAL_INLINE F32 load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
 // bf16 products without an instruction for them: the two halves of every pair as f32, two multiply-adds.

@@ -22,13 +22,6 @@ SHOAL_INLINE To bits(From value) {
     return __builtin_bit_cast(To, value);
 }
 
-template <class T>
-SHOAL_INLINE T read(const void* p) {  // memcpy: a tensor in a mapped file may start at an odd byte
-    T value;
-    __builtin_memcpy(&value, p, sizeof(T));
-    return value;
-}
-
 SHOAL_INLINE F32 zero() { return 0.0f; }
 SHOAL_INLINE F32 set1(float x) { return x; }
 SHOAL_INLINE F32 load(const float* p) { return read<float>(p); }
@@ -94,6 +87,12 @@ SHOAL_INLINE I8 stored_codes(const uint8_t* p) { return bits<I8>(read<uint32_t>(
 SHOAL_INLINE I8 low_nibbles(I8 v) { return bits<I8>(bits<uint32_t>(v) & 0x0F0F0F0Fu); }
 SHOAL_INLINE I8 high_nibbles(I8 v) { return bits<I8>(bits<uint32_t>(v) >> 4 & 0x0F0F0F0Fu); }
 SHOAL_INLINE I32 dot_codes(I32 acc, I8 w, const int8_t* x4) { return dot_i8(acc, w, read<I8>(x4)); }
+SHOAL_INLINE I32 round_i32(F32 v) {  // adding 1.5 * 2^23 leaves the whole number in the low bits
+    return static_cast<int32_t>(bits<uint32_t>(v + 12582912.0f) - 0x4B400000u);
+}
+SHOAL_INLINE void store_codes(int8_t* p, I32 v) { *p = static_cast<int8_t>(v); }
+SHOAL_INLINE I32 iadd(I32 a, I32 b) { return a + b; }
+SHOAL_INLINE I32 load_codes(const int8_t* p) { return *p; }
 SHOAL_INLINE F32 load_f16(const uint16_t* p) { return f16_to_f32(read<uint16_t>(p)); }
 
 // bf16 products without an instruction for them: the two halves of every pair as f32, two multiply-adds.

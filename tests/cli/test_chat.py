@@ -59,7 +59,7 @@ def test_options_reach_the_engine(shoal: Shoal, llm: ScriptedLLM) -> None:
 
 def test_without_advice_the_temperature_is_moderate(shoal: Shoal, llm: ScriptedLLM) -> None:
     shoal("chat", "Hi")
-    assert llm.params[0].temperature == 0.6
+    assert llm.params[0].temperature == 0.0
     assert llm.params[0].top_p == 1.0
 
 

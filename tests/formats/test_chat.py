@@ -481,7 +481,7 @@ def test_hostile_templates_fail_when_they_are_loaded(source):
 def test_no_value_beyond_the_limit_is_made_even_for_a_moment(source):
     tracemalloc.start()
     try:
-        with pytest.raises(FileError, match="makes a value of more than|units of work"):
+        with pytest.raises(FileError, match=r"makes a value of more than|units of work"):
             chat_from_template(source, limits=TemplateLimits(output_chars=1 << 20, work=1 << 24))
         assert tracemalloc.get_traced_memory()[1] < 24 << 20
     finally:

@@ -219,7 +219,9 @@ def test_rope_spellings() -> None:
     assert parse(V3, rope_scaling=short).rope.scaling.original_max_position_embeddings == 163840  # type: ignore[union-attr]
     top = parse(V3, rope_scaling=yarn, original_max_position_embeddings=2048).rope.scaling
     assert top.original_max_position_embeddings == 2048  # type: ignore[union-attr]
-    assert not parse(V3, rope_interleave=False).rope.interleave
+    plain = parse(V3, rope_interleave=False)
+    assert not plain.rope.interleave
+    assert parse(to_hf(plain)) == plain
 
 
 def test_a_model_without_experts_survives_the_way_out_and_in() -> None:

@@ -208,6 +208,14 @@ def test_mtp_layers_the_configuration_does_not_want_are_left_unread(v3: Path, tm
         assert open_folder(tmp_path / "m").config.num_nextn_predict_layers == 0
 
 
+def test_a_stranger_in_an_mtp_layer_is_an_error(v3: Path, tmp_path: Path) -> None:
+    save_folder(with_mtp(open_folder(v3)), tmp_path / "m")
+    rewrite(tmp_path / "m", put("model.layers.2.eh_proj.bias", np.ones(32, np.float32)))
+    with pytest.raises(FileError, match="has no place") as caught:
+        open_folder(tmp_path / "m")
+    assert caught.value.item == "model.layers.2.eh_proj.bias"
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)]
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,7 +15,6 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
-from numpy.typing import NDArray
 
 from shoal.engine import Chunk, SamplingParams, Stats, TokenLogprob
 from shoal.errors import RequestError
@@ -48,8 +49,48 @@ class FakeChatFormat:
         return bytes(ids).endswith(b"<think>")
 
 
+class FakeGeneration:
+    """Gives its script one chunk a step of the engine."""
+
+    def __init__(self, llm: FakeLLM, script: Generator[Chunk, None, None]) -> None:
+        self.done = False
+        self._llm = llm
+        self._script = script
+        self._chunks: list[Chunk] = []
+        self._error: Exception | None = None
+        self.started_by: str | None = None
+
+    def start(self) -> None:
+        self.started_by = threading.current_thread().name
+        if not self.done:
+            self._llm.running.append(self)
+
+    def advance(self) -> None:
+        try:
+            self._chunks.append(next(self._script))
+        except StopIteration:
+            raise AssertionError("stepped after the end") from None
+        except Exception as error:
+            self._error = error
+
+    def ready(self) -> list[Chunk]:
+        if self.done:
+            return []
+        if self._error is not None and not self._chunks:
+            raise self._error
+        out, self._chunks = self._chunks, []
+        if out and out[-1].finish_reason is not None:
+            self.cancel()
+        return out
+
+    def cancel(self) -> None:
+        self.done = True
+        with contextlib.suppress(ValueError):
+            self._llm.running.remove(self)
+
+
 class FakeLLM:
-    """Answers `reply`, a byte at a time. `step` runs before every token; what it raises, the engine raises."""
+    """Answers `reply`, a byte at a time. `before_token` runs before each; what it raises, that generation raises."""
 
     name = "fake"
     config = FakeConfig()
@@ -60,56 +101,62 @@ class FakeLLM:
 
     def __init__(self) -> None:
         self.reply = "Hello, wörld"
-        self.step: Callable[[int], None] = lambda produced: None
+        self.before_token: Callable[[int], None] = lambda produced: None
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.messages: list[dict[str, Any]] = []
         self.options: dict[str, Any] = {}
-        self.open_streams = 0
+        self.running: list[FakeGeneration] = []
+        self.most_running = 0
         self.finished = 0
+        self.step_error: Exception | None = None
 
     def encode_chat(self, messages: Any, *, tools: Any = None, options: Any = None) -> list[int]:
         self.messages, self.options = list(messages), dict(options or {})
         return self.tokenizer.encode("".join(message["content"] for message in messages))
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Certain that the next byte is the current one plus one; every other byte has logit 0."""
-        out = np.zeros((len(ids), self.config.vocab_size), np.float32)
-        out[np.arange(len(ids)), (np.asarray(ids) + 1) % 256] = 20.0
-        out[:, 256:] = 100.0
-        return out
-
-    def stream(self, ids: Sequence[int], params: SamplingParams) -> Generator[Chunk, None, None]:
+    def prepare(
+        self, ids: Sequence[int], params: SamplingParams, *, score: bool = False, generate: bool = True
+    ) -> FakeGeneration:
         if len(ids) >= self.max_context:
             raise RequestError("prompt", f"holds {len(ids)} tokens, 100 fit", code="context_length_exceeded")
         self.asked.append((list(ids), params))
-        return self._run(len(ids), params)
+        return FakeGeneration(self, self._script(list(ids), params, score, generate))
 
-    def _run(self, num_prompt: int, params: SamplingParams) -> Generator[Chunk, None, None]:
-        self.open_streams += 1
-        try:
-            raw = self.reply.encode()
-            budget = self.max_context - num_prompt
-            limit = min(budget, params.max_tokens or budget)
-            held = b""
-            for produced, byte in enumerate(raw[:limit]):
-                self.step(produced)
-                held += bytes([byte])
-                try:
-                    text, held = held.decode(), b""
-                except UnicodeDecodeError:
-                    text = ""
-                yield Chunk(text=text, token_ids=(byte,), logprobs=self._logprobs(params, byte))
-            reason = "stop" if len(raw) <= limit else "length"
-            stats = Stats(
-                prompt_tokens=num_prompt,
-                completion_tokens=min(limit, len(raw)),
-                prompt_seconds=0.1,
-                decode_seconds=0.1,
-            )
-            yield Chunk(text=held.decode(errors="replace"), finish_reason=reason, stats=stats)
-            self.finished += 1
-        finally:
-            self.open_streams -= 1
+    def step(self) -> bool:
+        if self.step_error is not None:
+            raise self.step_error
+        running = list(self.running)
+        self.most_running = max(self.most_running, len(running))
+        for generation in running:
+            generation.advance()
+        return bool(running)
+
+    def _script(
+        self, ids: list[int], params: SamplingParams, score: bool, generate: bool
+    ) -> Generator[Chunk, None, None]:
+        if score:
+            yield Chunk(logprobs=self._scores(ids, params.logprobs or 0))
+        raw = self.reply.encode() if generate else b""
+        budget = self.max_context - len(ids)
+        limit = min(budget, params.max_tokens or budget)
+        held = b""
+        for produced, byte in enumerate(raw[:limit]):
+            self.before_token(produced)
+            held += bytes([byte])
+            try:
+                text, held = held.decode(), b""
+            except UnicodeDecodeError:
+                text = ""
+            yield Chunk(text=text, token_ids=(byte,), logprobs=self._logprobs(params, byte))
+        reason = "stop" if generate and len(raw) <= limit else "length"
+        stats = Stats(
+            prompt_tokens=len(ids),
+            completion_tokens=min(limit, len(raw)),
+            prompt_seconds=0.1,
+            decode_seconds=0.1,
+        )
+        self.finished += generate
+        yield Chunk(text=held.decode(errors="replace"), finish_reason=reason, stats=stats)
 
     def _logprobs(self, params: SamplingParams, byte: int) -> tuple[TokenLogprob, ...]:
         if params.logprobs is None:
@@ -117,6 +164,15 @@ class FakeLLM:
         top = tuple((token, bytes([token]), -0.5 - rank) for rank, token in enumerate(range(65, 65 + params.logprobs)))
         logprob = -np.inf if byte == ord("w") else -0.25
         return (TokenLogprob(token_id=byte, text_bytes=bytes([byte]), logprob=float(logprob), top=top),)
+
+    def _scores(self, ids: list[int], count: int) -> tuple[TokenLogprob, ...]:
+        """Sure by one nat a step that the next byte is the current one plus one."""
+        out = [TokenLogprob(token_id=ids[0], text_bytes=bytes(ids[:1]), logprob=math.nan)]
+        for before, token in itertools.pairwise(ids):
+            top = tuple((before + 1 + i, bytes([before + 1 + i]), -1.0 - i) for i in range(count))
+            logprob = -1.0 - abs(token - before - 1)
+            out.append(TokenLogprob(token_id=token, text_bytes=bytes([token]), logprob=logprob, top=top))
+        return tuple(out)
 
 
 class Running:

@@ -214,21 +214,21 @@ def test_an_engine_fault_is_500_without_its_details_and_the_next_request_works(
     def fail(produced: int) -> None:
         raise RuntimeError("secret path /srv/models")
 
-    server.llm.step = fail
+    server.llm.before_token = fail
     error = error_of(server.http.post(CHAT, json={"messages": [USER]}), 500)
     assert error["type"] == "server_error"
     assert "secret" not in error["message"]
     wait_for(lambda: "secret" in caplog.text)
-    server.llm.step = lambda produced: None
+    server.llm.before_token = lambda produced: None
     assert server.http.post(CHAT, json={"messages": [USER]}).status_code == 200
-    assert server.llm.open_streams == 0
+    assert server.llm.running == []
 
 
 def test_an_engine_out_of_memory_is_503(server: Running) -> None:
     def fail(produced: int) -> None:
         raise MemoryError
 
-    server.llm.step = fail
+    server.llm.before_token = fail
     assert error_of(server.http.post(CHAT, json={"messages": [USER]}), 503)["code"] == "out_of_memory"
 
 
@@ -237,7 +237,7 @@ def test_a_fault_in_mid_stream_is_an_event(server: Running, capfd: pytest.Captur
         if produced == 3:
             raise RuntimeError("secret")
 
-    server.llm.step = fail
+    server.llm.before_token = fail
     response = server.http.post(CHAT, json={"messages": [USER], "stream": True})
     assert response.status_code == 200
     events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
@@ -245,7 +245,7 @@ def test_a_fault_in_mid_stream_is_an_event(server: Running, capfd: pytest.Captur
     assert json.loads(events[-2])["error"]["code"] == "internal_error"
     assert "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-2]) == "Hel"
     assert "secret" not in response.text
-    wait_for(lambda: server.llm.open_streams == 0)
+    wait_for(lambda: server.llm.running == [])
 
 
 def test_odd_text_comes_through(server: Running) -> None:

@@ -1,12 +1,14 @@
 // The table of CPU kernels. Every instruction set has one constant table; the dispatcher picks one at load.
 //
 // Conventions: row-major; strides in elements between rows, elements of a row contiguous; sizes are int64_t and may be
-// zero; pointers need no alignment beyond a byte. A result may be written over its first input (y == x), rows may not
-// overlap otherwise. Kernels do not allocate, throw, lock or use threads: the caller splits rows among threads, and a
-// row's result does not depend on how many rows a call holds.
+// zero; x, y, weights and tiles need no alignment beyond a byte, what the executor itself makes (QuantRows, rest,
+// everything of attend) that of its elements. A row kernel may write its result over its first input (y == x), rows may
+// not overlap otherwise. Kernels do not allocate, throw, lock or use threads: the caller splits rows among threads, and
+// a row's result does not depend on how many rows a call holds.
 //
 // To add a kernel: an entry here, its body in kernels/<name>.h, an include and a line in isa.inc, a NumPy twin in
-// src/shoal/kernels/reference.py, tests/kernels/test_<name>.py and a line in docs/kernels.md.
+// src/shoal/kernels/reference.py or reference_packed.py, tests/kernels/test_<name>.py, a case in native/tests and a
+// line in docs/kernels.md.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +22,11 @@ struct AttendRun {
     bool bf16;            // the cache and `queries` hold bf16, else f32
     const void* queries;  // scaled; f32 [key_width][16], or bf16 [key_width / 2][16][2]
     int num_queries;
-    const void* keys;    // [num_keys, key_width]
-    const void* values;  // [num_keys, value_width]; may be the head of the keys
-    int64_t key_stride, value_stride, key_width, value_width;
-    int64_t num_keys, first_key;  // position of the first key
-    const int32_t* last_key;      // [16]: the last position that a query sees, -1 for an unused lane
+    const void* keys;                                          // [num_keys, key_width]
+    const void* values;                                        // [num_keys, value_width]; may be the head of the keys
+    int64_t key_stride, value_stride, key_width, value_width;  // key_width is even with bf16
+    int64_t num_keys, first_key;                               // position of the first key
+    const int32_t* last_key;  // [16]: the last position that a query sees, -1 for an unused lane
 };
 
 struct Ops {
@@ -42,14 +44,16 @@ struct Ops {
     void (*silu_mul)(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, float* y,
                      int64_t y_stride, int64_t rows, int64_t cols);
 
-    // int8 groups of 32 columns of `rows` rows, interleaved by `lanes` (1 or 4): see QuantRows in packed.h. Columns are
-    // padded to 64 and rows to a multiple of lanes with zeros. What the codes leave of x goes to rest [rows, cols]
-    // unless that is null: quantised once more it makes activations of 16 bits.
+    // int8 groups of 32 columns of `rows` rows (a pointer each), interleaved by `lanes` (1 or 4): see QuantRows in
+    // packed.h. Columns are padded to 64 and rows to a multiple of lanes with zeros. What the codes leave of x goes to
+    // rest [rows, cols] unless that is null: quantised once more it makes activations of 16 bits. A group with a value
+    // that is not finite gets a scale of NaN. The same bits on every instruction set.
     void (*quantize_rows)(const float* const* x, int64_t rows, int64_t cols, int64_t lanes, int8_t* codes,
                           float* scales, int32_t* sums, float* rest);
 
     // y = x W^T (or y += x W^T): `count` tiles of 16 rows of a packed q8, q4 or q4m matrix against `tokens` rows of x.
-    // y [tokens, rows]; only the first `rows` of the tiles' rows are written. packing is a shoal::Packing.
+    // y [tokens, rows]; only the first `rows` of the tiles' rows are written. packing is a shoal::Packing. Groups are
+    // added in the order of their columns, so the tables with fused multiply-add give the same bits.
     void (*matmul_q)(int32_t packing, const uint8_t* tiles, int64_t count, int64_t cols, int64_t rows,
                      const QuantRows* x, int64_t tokens, int64_t lanes, float* y, int64_t y_stride, bool add_to);
 
@@ -57,8 +61,14 @@ struct Ops {
     void (*matmul_f)(int32_t packing, const uint8_t* tiles, int64_t count, int64_t cols, int64_t rows, const float* x,
                      int64_t x_stride, int64_t tokens, float* y, int64_t y_stride, bool add_to);
 
+    // Cached int8 rows to bf16 [rows, width]: a row of `row_bytes` holds its codes and, from `scales_at` on, an f32
+    // scale for every 64 of them.
+    void (*widen_rows)(const uint8_t* x, int64_t row_bytes, int64_t scales_at, int64_t rows, int64_t width,
+                       uint16_t* y);
+
     // Folds one block of keys into a running softmax: top, total [16] and out [num_queries, value_width], which start
-    // at -1e30, 0 and 0. The result is out / total.
+    // at -1e30, 0 and 0. The result is out / total. With bf16 the weights of a block's keys meet the values in bf16. A
+    // lane that has seen no key yet holds finite numbers that its first key wipes out.
     void (*attend)(const AttendRun* run, float* top, float* total, float* out);
 };
 

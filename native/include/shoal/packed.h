@@ -3,7 +3,8 @@
 // A matrix W[rows, cols] (y = W x) is cut into tiles of 16 rows and blocks of 64 columns; rows and columns are padded
 // with zeros. A tile's blocks follow each other, so that a tile is one stream of bytes. Inside a block a step is 4
 // columns: 16 rows x 4 codes = 64 bytes, the operand of one dot-product instruction. A group is 32 columns with its own
-// scale.
+// scale. Padding has scale and minimum 0. A group whose scale does not fit f16 (values past 8.3e6 in q8, 5.2e5 in q4)
+// has an infinite one: its products are not finite rather than wrong.
 //
 //   q8   2 x 16 scales (f16), then 16 steps of codes stored as code + 128 (unsigned)
 //   q4   2 x 16 scales (f16), then per group 4 vectors: low nibbles are step v, high nibbles step v + 4; code - 8

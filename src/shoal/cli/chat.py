@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shoal.engine import LLM, SamplingParams, Stats
 
 # Used where neither the command nor the model's own generation_config.json says anything.
-TEMPERATURE = 0.6
+TEMPERATURE = 0.0
 HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops a reply"
 
 
@@ -29,7 +29,7 @@ def run(
     ] = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option("--system", "-s", help="Instructions before the conversation.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy. Default: what the model recommends, else 0.6.")
+        float | None, typer.Option(help="0 is greedy. Default: what the model recommends, else 0.")
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus: keep the likeliest tokens up to this sum.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")] = None,

@@ -24,6 +24,9 @@ def run(
     served_name: Annotated[
         str | None, typer.Option(help="The model's name in the API. Default: the short name, or the file's name.")
     ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=1024, help="Most answers that are written at once, token by token together.")
+    ] = 32,
     max_queue: Annotated[
         int, typer.Option(min=0, max=100_000, help="Most requests that wait; more get 429 and Retry-After.")
     ] = 64,
@@ -61,9 +64,10 @@ def run(
         note(f"shoal: ready, {llm.max_context} tokens of context, {human_bytes(peak_rss_bytes())} of memory", dim=False)
 
     stopped = serve(
-        lambda: LLM(path, max_context=max_context, threads=threads or settings.threads()),
+        lambda: LLM(path, max_context=max_context, threads=threads or settings.threads(), max_running=parallel),
         name=name,
         sock=sock,
+        parallel=parallel,
         max_queue=max_queue,
         drain_seconds=drain_seconds,
         api_key=settings.api_key(),

@@ -1,40 +1,71 @@
 """The engine's heart: packed weights, cache, scheduler, one native call a step.
 
-There is no background thread. Whoever waits for a token takes the lock and runs a step, which advances every running
-sequence; the others find their tokens ready when the lock comes free.
+There is no background thread. Whoever waits for a token runs a step if nobody else does, which advances every running
+sequence; the others wait for that step to end and find their tokens ready. Submitting and releasing never wait for a
+step: while one computes, only its thread hands out pages or touches the sequences in it.
 """
 
 from __future__ import annotations
 
-import os
 import threading
+import time
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal.config import ModelConfig
+from shoal.engine.machine import usable_cpus
+from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
 from shoal.engine.plan import PAGE_TOKENS, Moments, write_plan
-from shoal.engine.sampler import likeliest, log_softmax
+from shoal.engine.sampler import likeliest, log_total
 from shoal.engine.scheduler import Scheduler, Slice
 from shoal.engine.sequence import Produced, Sequence
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, RequestError
 from shoal.formats.checkpoint import Checkpoint
 
+Floats = NDArray[np.float32]
 STEP_TOKENS = 512
-SCORE_ROWS = 128  # rows of logits held at once when every position is scored
+CACHES = {"f32": 0, "bf16": 1, "int8": 2}
+MIXED_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How busy the engine is now."""
+
+    running: int
+    waiting: int
+    pages: int
+    pages_in_use: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """One step as arrays: tokens of all slices after each other, and the cache pages of each slice [S, pages]."""
+
+    slices: list[Slice]
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    first_row: NDArray[np.int32]
+    pages: NDArray[np.int32]
+    wanted: NDArray[np.int32]
 
 
 class Core:
-    """Runs sequences.
+    """Runs sequences. Safe to use from several threads.
 
     Args:
         threads: team size; all processors that this process may use if None.
         weights: `auto` or a packing (`engine.packing`).
         activations: `int8`, `int16` or `auto`: what rows become where they meet quantised weights.
-        cache: `bf16` or `f32`.
+        cache: `bf16`, `int8` (64 values to a scale) or `f32`.
         cache_tokens: how many tokens the cache holds over all sequences.
+        max_running: most sequences that run at once.
         known_ids: ids from here on are padding of the embedding table and are never chosen.
+        look_ahead: guess one token ahead with the model's multi-token-prediction layer, if it has one.
+        step_tokens, mixed_tokens: see `Scheduler`; they change speed, never results.
         moments: to be filled with what every matrix meets (`plan.write_plan`), for calibration.
     """
 
@@ -49,130 +80,217 @@ class Core:
         cache_tokens: int,
         max_running: int = 64,
         known_ids: int | None = None,
+        look_ahead: bool = False,
+        step_tokens: int = STEP_TOKENS,
+        mixed_tokens: int = MIXED_TOKENS,
         moments: Moments | None = None,
     ) -> None:
-        if cache not in ("bf16", "f32"):
-            raise ConfigError("cache", f"{cache!r} is not one of bf16, f32")
+        if cache not in CACHES:
+            raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
         config = checkpoint.config
-        self.threads = threads or len(os.sched_getaffinity(0))
         wide = _wide(activations, config)
-        plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=wide, moments=moments)
+        check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens)
+        self.threads = threads or usable_cpus()
+        plan = write_plan(
+            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead, moments=moments
+        )
         pages = -(-cache_tokens // PAGE_TOKENS)
-        plan.engine.cache(config.num_hidden_layers, plan.page_values, cache == "bf16", pages)
+        plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes
         self.cache_bytes = plan.engine.cache_bytes
         self.vocab_size = config.vocab_size
+        self.known_ids = min(known_ids or config.vocab_size, config.vocab_size)
+        self.looks_ahead = plan.looks_ahead
         self._engine = plan.engine
-        self._known_ids = min(known_ids or config.vocab_size, config.vocab_size)
         self._pool = PagePool(pages)
-        self._scheduler = Scheduler(self._pool, step_tokens=STEP_TOKENS, max_running=max_running)
-        self._lock = threading.Lock()
+        self._scheduler = Scheduler(
+            self._pool, step_tokens=step_tokens, mixed_tokens=mixed_tokens, max_running=max_running
+        )
+        self._turn = threading.Condition(threading.Lock())  # guards the scheduler; notified after every step
+        self._stepping = False
+        self._logits: Floats = np.empty((0, self.vocab_size), np.float32)
 
     @property
     def cache_tokens(self) -> int:
         return self._pool.count * PAGE_TOKENS
 
+    @property
+    def load(self) -> Load:
+        with self._turn:
+            running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+            in_use = self._pool.count - self._pool.available
+            return Load(running=running, waiting=waiting, pages=self._pool.count, pages_in_use=in_use)
+
     def submit(self, sequence: Sequence) -> None:
-        with self._lock:
-            self._scheduler.submit(sequence)
+        """Let it run from the next step on. RequestError if the whole cache could not hold it."""
+        if len(sequence.tokens) + sequence.max_tokens > self.cache_tokens:
+            problem = f"{len(sequence.tokens)} tokens and {sequence.max_tokens} new ones exceed {self.cache_tokens}"
+            raise RequestError("prompt", problem, code="context_length_exceeded")
+        with self._turn:
+            sequence.submitted_at = time.perf_counter()
+            if not sequence.cancelled:
+                self._scheduler.submit(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """The caller is done with it, finished or not."""
-        with self._lock:
+        """The caller is done with it, finished or not. Its pages are free at once, even in the middle of a step: the
+        step may still write to them, but only its end lets others have them."""
+        with self._turn:
+            sequence.cancelled = True
             self._scheduler.remove(sequence)
+            self._turn.notify_all()
 
     def advance(self, sequence: Sequence) -> None:
-        """Return once the sequence has a new output or is finished."""
-        while not sequence.outputs and sequence.finish is None:
-            with self._lock:
-                if not sequence.outputs and sequence.finish is None:
-                    self._step()
+        """Return once the sequence has a new output, is finished or was released."""
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: sequence.ready or not self._stepping)
+                if sequence.ready:
+                    return
+                self._stepping = True
+            worked = self._step()
+            assert worked, "a sequence waits that was never submitted"
 
-    def score(self, tokens: list[int]) -> NDArray[np.float32]:
-        """Logits after every token, float32 [T, V]."""
-        out = np.empty((len(tokens), self.vocab_size), np.float32)
-        with self._lock:
-            pages = [self._pool.take() for _ in range(-(-len(tokens) // PAGE_TOKENS))]
-            held = [page for page in pages if page is not None]
-            try:
-                if len(held) < len(pages):
-                    raise MemoryError("the cache is full of running requests")
-                for start in range(0, len(tokens), SCORE_ROWS):
-                    rows = tokens[start : start + SCORE_ROWS]
-                    positions = list(range(start, start + len(rows)))
-                    wanted = list(range(len(rows)))
-                    self._run(rows, positions, [0, len(rows)], [held], wanted, out[start : start + len(rows)])
-            finally:
-                for page in held:
-                    self._pool.release(page)
-        return out
+    def step(self) -> bool:
+        """Run one step, or wait for the one that another thread runs. False if there is nothing to do."""
+        with self._turn:
+            if self._stepping:
+                self._turn.wait_for(lambda: not self._stepping)
+                return True
+            self._stepping = True
+        return self._step()
 
-    def _step(self) -> None:
-        slices = self._scheduler.next_step()
-        assert slices, "a sequence waits but nothing can run"
-        tokens: list[int] = []
-        positions: list[int] = []
-        first_row = [0]
-        wanted: list[int] = []
-        for piece in slices:
-            rows = piece.tokens + piece.draft
-            if piece.wants_logits:
-                wanted.extend(range(len(tokens) + len(piece.tokens) - 1, len(tokens) + len(rows)))
-            positions.extend(range(piece.sequence.computed, piece.sequence.computed + len(rows)))
-            tokens.extend(rows)
-            first_row.append(len(tokens))
-        logits = np.empty((len(wanted), self.vocab_size), np.float32)
-        self._run(tokens, positions, first_row, [piece.sequence.pages for piece in slices], wanted, logits)
-        logits[:, self._known_ids :] = -np.inf
+    def _step(self) -> bool:
+        """By the one thread that has set `_stepping`."""
+        done: list[tuple[Slice, int]] = []
+        try:
+            with self._turn:
+                batch = self._plan(self._scheduler.next_step())
+            if batch is None:
+                return False
+            self._compute(batch, done)
+            return True
+        finally:
+            with self._turn:
+                for piece, kept in done:
+                    self._settle(piece, kept)
+                self._stepping = False
+                self._turn.notify_all()
+
+    def _plan(self, slices: list[Slice]) -> _Batch | None:
+        if not slices:
+            return None
+        first_row = np.zeros(len(slices) + 1, np.int32)
+        first_row[1:] = np.cumsum([piece.rows for piece in slices])
+        table = np.zeros((len(slices), max(len(piece.sequence.pages) for piece in slices)), np.int32)
+        for index, piece in enumerate(slices):
+            table[index, : len(piece.sequence.pages)] = piece.sequence.pages
+        return _Batch(
+            slices=slices,
+            tokens=np.concatenate([np.array(piece.tokens + piece.draft, np.int32) for piece in slices]),
+            positions=np.concatenate([np.arange(p.start, p.start + p.rows, dtype=np.int32) for p in slices]),
+            first_row=first_row,
+            pages=table,
+            wanted=np.concatenate(
+                [
+                    np.arange(first + piece.logits_from, first + piece.rows, dtype=np.int32)
+                    for piece, first in zip(slices, first_row[:-1], strict=True)
+                ]
+            ),
+        )
+
+    def _compute(self, batch: _Batch, done: list[tuple[Slice, int]]) -> None:
+        """Run the network and choose tokens; `done` receives each slice and how many of its draft tokens stay. What
+        goes wrong with one sequence fails that sequence only; what goes wrong with the step fails all of them."""
+        if len(batch.wanted) > len(self._logits):
+            self._logits = np.empty((len(batch.wanted), self.vocab_size), np.float32)
+        logits = self._logits[: len(batch.wanted)]
+        try:
+            self._engine.run(batch.tokens, batch.positions, batch.first_row, batch.pages, batch.wanted, logits)
+        except Exception as error:
+            for piece in batch.slices:
+                piece.sequence.fail(error)
+            done.extend((piece, 0) for piece in batch.slices)
+            return
         row = 0
-        for piece in slices:
+        for piece in batch.slices:
+            rows = logits[row : row + piece.rows - piece.logits_from]
+            row += len(rows)
             kept = 0
-            if piece.wants_logits:
-                kept = self._choose(piece, logits[row : row + len(piece.draft) + 1])
-                row += len(piece.draft) + 1
-            self._scheduler.settle(piece, kept)
-            if piece.sequence.finish is not None:
-                self._scheduler.remove(piece.sequence)
+            try:
+                if not piece.sequence.cancelled:
+                    kept = self._deliver(piece, rows)
+            except Exception as error:
+                piece.sequence.fail(error)
+            done.append((piece, kept))
+        if self.looks_ahead:
+            self._look_ahead(batch, [kept for _, kept in done])
 
-    def _choose(self, piece: Slice, logits: NDArray[np.float32]) -> int:
+    def _look_ahead(self, batch: _Batch, kept: list[int]) -> None:
+        """Run the prediction layer over the step's rows that stay, each beside the token that really followed it, and
+        note its guess of the token after the newest one. Its own cache grows with the main one's."""
+        going: list[tuple[int, Slice, int]] = []  # (index in the batch, slice, rows)
+        for index, (piece, accepted) in enumerate(zip(batch.slices, kept, strict=True)):
+            if piece.sequence.finish is None and not piece.sequence.cancelled:
+                rows = min(len(piece.tokens) + accepted, len(piece.sequence.tokens) - piece.start - 1)
+                going.append((index, piece, rows))
+        if not going:
+            return
+        first_row = np.zeros(len(going) + 1, np.int32)
+        first_row[1:] = np.cumsum([rows for _, _, rows in going])
+        guessing = [i for i, (_, piece, _) in enumerate(going) if piece.last]
+        logits = np.empty((len(guessing), self.vocab_size), np.float32)
+        self._engine.run(
+            np.concatenate([np.array(p.sequence.tokens[p.start + 1 : p.start + 1 + n], np.int32) for _, p, n in going]),
+            np.concatenate([np.arange(p.start, p.start + n, dtype=np.int32) for _, p, n in going]),
+            first_row,
+            np.ascontiguousarray(batch.pages[[index for index, _, _ in going]]),
+            (first_row[1:][guessing] - 1).astype(np.int32),
+            logits,
+            1,
+            np.concatenate([np.arange(n, dtype=np.int32) + batch.first_row[index] for index, _, n in going]),
+        )
+        for i, logits_V in zip(guessing, logits, strict=True):
+            sequence = going[i][1].sequence
+            sequence.ahead = (len(sequence.tokens), int(np.argmax(logits_V[: self.known_ids])))
+
+    def _deliver(self, piece: Slice, rows: Floats) -> int:
+        """Show prompt rows to who watches them and choose the next tokens; returns how many draft tokens stay."""
+        sequence = piece.sequence
+        first = piece.start + piece.logits_from
+        if sequence.watch is not None and sequence.watched < sequence.prompt_tokens:
+            count = min(len(rows), sequence.prompt_tokens - first)
+            if count > 0:
+                sequence.watch(first, rows[:count])
+                sequence.watched = first + count
+        if not piece.last:
+            return 0
+        if sequence.max_tokens == 0:
+            sequence.finish = "length"
+            return 0
+        return self._choose(sequence, piece.draft, rows[-1 - len(piece.draft) :, : self.known_ids])
+
+    def _choose(self, sequence: Sequence, draft: list[int], rows: Floats) -> int:
         """Draw from each row in turn while the draft agrees with what is drawn; returns how many draft tokens stay.
 
         Every token is drawn from the model's own distribution with the request's own random stream, so speculation
         changes neither greedy nor sampled output."""
-        sequence = piece.sequence
-        kept = 0
-        for index, logits_V in enumerate(logits):
+        sequence.drafted += len(draft)
+        for index, logits_V in enumerate(rows):
             token = sequence.sampler.choose(logits_V)
             if not sequence.accept(_produced(sequence, logits_V, token)):
-                break
-            if index < len(piece.draft) and token == piece.draft[index]:
-                kept += 1
-                continue
-            break
-        sequence.drafted += len(piece.draft)
-        sequence.accepted += kept
-        return kept
+                return index
+            if index == len(draft) or token != draft[index]:
+                return index
+            sequence.accepted += 1
+        raise AssertionError("unreachable: the row after the last draft token always returns")
 
-    def _run(
-        self,
-        tokens: list[int],
-        positions: list[int],
-        first_row: list[int],
-        pages: list[list[int]],
-        wanted: list[int],
-        logits: NDArray[np.float32],
-    ) -> None:
-        table = np.zeros((len(pages), max(len(row) for row in pages)), np.int32)
-        for index, row in enumerate(pages):
-            table[index, : len(row)] = row
-        self._engine.run(
-            np.array(tokens, np.int32),
-            np.array(positions, np.int32),
-            np.array(first_row, np.int32),
-            table,
-            np.array(wanted, np.int32),
-            logits,
-        )
+    def _settle(self, piece: Slice, kept: int) -> None:
+        if piece.sequence.cancelled:
+            return
+        if piece.sequence.finish != "error":
+            self._scheduler.settle(piece, kept)
+        if piece.sequence.finish is not None:
+            self._scheduler.remove(piece.sequence)
 
 
 def _wide(activations: str, config: ModelConfig) -> bool:
@@ -183,9 +301,10 @@ def _wide(activations: str, config: ModelConfig) -> bool:
     return activations == "int16" or (activations == "auto" and config.moe is None)
 
 
-def _produced(sequence: Sequence, logits_V: NDArray[np.float32], token: int) -> Produced:
-    if sequence.params.logprobs is None:
+def _produced(sequence: Sequence, logits_V: Floats, token: int) -> Produced:
+    count = sequence.params.logprobs
+    if count is None:
         return Produced(token=token)
-    logprobs_V = log_softmax(logits_V)
-    top = tuple((i, float(logprobs_V[i])) for i in likeliest(logprobs_V, sequence.params.logprobs))
-    return Produced(token=token, logprob=float(logprobs_V[token]), top=top)
+    total = log_total(logits_V)
+    top = tuple((i, float(logits_V[i]) - total) for i in likeliest(logits_V, count))
+    return Produced(token=token, logprob=float(logits_V[token]) - total, top=top)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.engine.core import Core
-from shoal.engine.outputs import Chunk, Completion, Stats, TokenLogprob
+from shoal import settings
+from shoal.engine.core import Core, Load
+from shoal.engine.generation import Generation
+from shoal.engine.outputs import Chunk, Completion, TokenLogprob
 from shoal.engine.params import SamplingParams
 from shoal.engine.sampler import Sampler
-from shoal.engine.sequence import Produced
 from shoal.engine.sequence import Sequence as Running
-from shoal.engine.stops import StopMatcher
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
 
 Message = Mapping[str, Any]
 DEFAULT_CACHE_TOKENS = 32768
+MAX_THREADS = 1024
+MAX_SPECULATE = 64
 
 
 class LLM:
@@ -30,15 +31,19 @@ class LLM:
     Args:
         model: a short name (`shoal models`), a Hugging Face folder, a GGUF file, or an opened checkpoint.
         max_context: most tokens of prompt and answer together; the model's own limit if None or larger.
-        threads: CPU threads; every processor that this process may use if None.
+        threads: CPU threads; if None what `SHOAL_THREADS` says, else every processor that this process may use.
         weights: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack the large matrices.
         activations: `int8` or `int16` where they meet quantised weights; `auto` chooses by the kind of model.
-        cache: `bf16` or `f32`, the precision of the attention cache.
+        cache: `bf16`, `int8` or `f32`, the precision of the attention cache.
         cache_tokens: tokens that the cache holds over all running requests; at least one whole context.
+        max_running: most requests that run at once; others wait for their turn.
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
+        look_ahead: guess one token ahead with the model's own multi-token-prediction layer, if it has one; the same.
 
     Raises:
-        UnknownModelError, FileError, ConfigError: the model cannot be opened, with the reason.
+        UnknownModelError, FileError, ConfigError: the model cannot be opened, with the reason; one is that it needs
+            more memory than there is.
+        RequestError: an argument is out of its range.
     """
 
     def __init__(
@@ -51,11 +56,15 @@ class LLM:
         cache: str = "bf16",
         activations: str = "auto",
         cache_tokens: int | None = None,
+        max_running: int = 64,
         speculate: int = 0,
+        look_ahead: bool = False,
     ) -> None:
-        for name, value in (("max_context", max_context), ("threads", threads), ("cache_tokens", cache_tokens)):
-            if value is not None and value < 1:
-                raise RequestError(name, f"must be at least 1, got {value}")
+        _check_range("max_context", max_context, 1, None)
+        _check_range("threads", threads, 1, MAX_THREADS)
+        _check_range("cache_tokens", cache_tokens, 1, None)
+        _check_range("max_running", max_running, 1, None)
+        _check_range("speculate", speculate, 0, MAX_SPECULATE)
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_resolve(model))
         self.path = checkpoint.path
         self.name = (
@@ -75,8 +84,9 @@ class LLM:
         self.max_context = min(self.max_context, cache_tokens)
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
         self._core = Core(
-            checkpoint, threads=threads, weights=weights, activations=activations, cache=cache,
-            cache_tokens=cache_tokens, known_ids=self.tokenizer.vocab_size,
+            checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
+            cache_tokens=cache_tokens, max_running=max_running, known_ids=self.tokenizer.vocab_size,
+            look_ahead=look_ahead,
         )  # fmt: skip
 
     # ---- whole answers
@@ -100,15 +110,7 @@ class LLM:
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
         """As `generate`, piece by piece. Arguments are checked at once; closing the generator ends the work."""
-        ids = self._prompt_ids(prompt)
-        params = params or SamplingParams()
-        budget = self.max_context - len(ids)
-        max_tokens = budget if params.max_tokens is None else min(params.max_tokens, budget)
-        running = Running(
-            tokens=ids, prompt_tokens=len(ids), params=params, sampler=Sampler(params, ids, self.config.vocab_size),
-            max_tokens=max_tokens, eos=self._eos, draft_length=self.speculate,
-        )  # fmt: skip
-        return self._run(running)
+        return self.prepare(prompt, params).chunks()
 
     def chat_stream(
         self,
@@ -120,6 +122,36 @@ class LLM:
     ) -> Generator[Chunk, None, None]:
         """As `chat`, piece by piece."""
         return self.stream(self.encode_chat(messages, tools=tools, options=options), params)
+
+    # ---- many requests from one thread, as a server runs them: prepare, start, step, take what is ready
+
+    def prepare(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        score: bool = False,
+        generate: bool = True,
+    ) -> Generation:
+        """A checked request that has not started.
+
+        Args:
+            score: the first chunk carries the log-probabilities of the prompt's own tokens, with `params.logprobs` of
+                the likeliest each.
+            generate: False ends after the prompt.
+        """
+        sequence = self._sequence(prompt, params or SamplingParams(), generate=generate)
+        return Generation(self._core, self.tokenizer, sequence, score=score)
+
+    def step(self) -> bool:
+        """Advance every started generation by one step: a token each, or a piece of their prompts. False if there is
+        nothing to do. A request that fails does so when its chunks are taken, not here."""
+        return self._core.step()
+
+    @property
+    def load(self) -> Load:
+        """Sequences that run and wait, and pages of the cache in use."""
+        return self._core.load
 
     # ---- parts that callers also need by themselves
 
@@ -137,21 +169,42 @@ class LLM:
             raise RequestError("messages", "must hold at least one message")
         return self.chat_format.encode(self.tokenizer, messages, tools=tools, options=options)
 
+    def score(self, tokens: Sequence[int], top: int = 0) -> list[TokenLogprob]:
+        """The log-probability of each token after those before it, and the `top` likeliest in its place.
+
+        The first token has NaN, as nothing precedes it. Memory does not grow with T × V."""
+        params = SamplingParams(logprobs=top)
+        chunks = self.prepare(self._check_ids(tokens), params, score=True, generate=False).chunks()
+        return [entry for chunk in chunks for entry in chunk.logprobs]
+
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Float32 [T, V]: row t scores the token that follows tokens[: t + 1]."""
-        ids = self._check_ids(tokens)
-        if len(ids) > self.max_context:
-            raise RequestError(
-                "tokens", f"{len(ids)} exceed the context of {self.max_context}", code="context_length_exceeded"
-            )
-        return self._core.score(ids)
+        sequence = self._sequence(self._check_ids(tokens), SamplingParams(), generate=False)
+        out = np.empty((len(sequence.tokens), self.config.vocab_size), np.float32)
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        def keep(first: int, rows: NDArray[np.float32]) -> None:
+            out[first : first + len(rows)] = rows
+
+        sequence.watch = keep
+        for _ in Generation(self._core, self.tokenizer, sequence, score=False).chunks():
+            pass
+        return out
+
+    def _sequence(self, prompt: str | Sequence[int], params: SamplingParams, *, generate: bool) -> Running:
+        ids = self._prompt_ids(prompt, room=int(generate))
+        budget = self.max_context - len(ids) if generate else 0
+        return Running(
+            tokens=ids, prompt_tokens=len(ids), params=params, sampler=Sampler(params, ids, self._core.known_ids),
+            max_tokens=budget if params.max_tokens is None else min(params.max_tokens, budget), eos=self._eos,
+            draft_length=self.speculate,
+        )  # fmt: skip
+
+    def _prompt_ids(self, prompt: str | Sequence[int], *, room: int) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids and self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id]
-        self._check_ids(ids)
-        if len(ids) >= self.max_context:
+        ids = self._check_ids(ids)
+        if len(ids) + room > self.max_context:
             raise RequestError(
                 "prompt",
                 f"holds {len(ids)} tokens and leaves no room in the context of {self.max_context}",
@@ -168,59 +221,19 @@ class LLM:
                 raise RequestError("prompt", f"token ids must be whole numbers, got {token!r}")
             if not 0 <= token < self.config.vocab_size:
                 raise RequestError("prompt", f"token {token} is outside the vocabulary of {self.config.vocab_size}")
-        return ids
+        return [int(token) for token in ids]
 
-    def _run(self, running: Running) -> Generator[Chunk, None, None]:
-        self._core.submit(running)
-        try:
-            yield from self._pieces(running)
-        finally:
-            self._core.release(running)
 
-    def _pieces(self, running: Running) -> Generator[Chunk, None, None]:
-        decoder = self.tokenizer.stream()
-        stops = StopMatcher(running.params.stop)
-        produced = 0
-        while not stops.stopped:
-            self._core.advance(running)
-            if not running.outputs:
-                break
-            out = running.outputs.popleft()
-            produced += 1
-            text = stops.push(decoder.push(out.token))
-            yield Chunk(text=text, token_ids=(out.token,), logprobs=self._logprobs(running.params, out))
-        tail = "" if stops.stopped else stops.push(decoder.flush())
-        tail += stops.flush()
-        ended = time.perf_counter()
-        first_at = running.first_at or ended
-        stats = Stats(
-            prompt_tokens=running.prompt_tokens,
-            cached_tokens=running.cached_tokens,
-            completion_tokens=produced,
-            prompt_seconds=first_at - running.submitted_at,
-            decode_seconds=ended - first_at,
-            drafted=running.drafted,
-            accepted=running.accepted,
-        )
-        finish = "stop" if stops.stopped or running.finish is None else running.finish
-        yield Chunk(text=tail, finish_reason=finish, stats=stats)
-
-    def _logprobs(self, params: SamplingParams, out: Produced) -> tuple[TokenLogprob, ...]:
-        if params.logprobs is None:
-            return ()
-        to_bytes = self.tokenizer.token_bytes
-        top = tuple((token, to_bytes(token), logprob) for token, logprob in out.top)
-        return (TokenLogprob(token_id=out.token, text_bytes=to_bytes(out.token), logprob=out.logprob, top=top),)
+def _check_range(name: str, value: int | None, low: int, high: int | None) -> None:
+    if value is not None and (value < low or (high is not None and value > high)):
+        most = "" if high is None else f" and at most {high}"
+        raise RequestError(name, f"must be at least {low}{most}, got {value}")
 
 
 def _resolve(model: str | Path) -> Path:
     from shoal import hub
 
     return hub.resolve(model)
-
-
-def _name(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
 
 
 def _collect(chunks: Generator[Chunk, None, None]) -> Completion:

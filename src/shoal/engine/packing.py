@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,14 +22,16 @@ CODE_PACKING |= {f"U{bits}": "q4m" if bits <= 4 else "q8" for bits in range(1, 9
 _SOURCES = {"F32": 0, "BF16": 1, "F16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6}
 _CODES = 7
 _GROUP = 32
-_ALIGNMENT = 64
 
 
 def aligned_bytes(size: int) -> NDArray[np.uint8]:
-    """Uninitialised memory that starts at a cache line."""
-    block = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -block.ctypes.data % _ALIGNMENT
-    return block[start : start + size]
+    """Fresh memory in large pages where the system offers them: fewer faults when it is filled, fewer look-ups when it
+    is streamed."""
+    block = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, np.uint8, size)
 
 
 def packing_for(tensor: LazyTensor, scheme: str) -> str:
@@ -60,6 +64,7 @@ def pack_tensor(tensor: LazyTensor, packing: str, threads: int = 1) -> native.Pa
     for index, (source, data) in enumerate(_matrices(tensor, packing, count, rows)):
         out = memory[index * size : (index + 1) * size]
         native.pack(_SOURCES[source], data, rows, cols, PACKINGS[packing], out, threads)
+    tensor.release()
     return native.Packed(PACKINGS[packing], rows, cols, memory, count)
 
 

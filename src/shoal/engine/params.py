@@ -11,6 +11,7 @@ from shoal.errors import RequestError
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
+BAN = -100.0  # a logit bias of this much forbids the token, as the OpenAI API promises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class SamplingParams:
             They are those of the model itself, before temperature, penalties and cuts.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens already produced, as in OpenAI's API.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or text (CTRL).
-        logit_bias: added to the logits of single tokens.
+        logit_bias: added to the logits of single tokens, from -100, which forbids a token altogether, to 100.
         ignore_eos: go on past end-of-text tokens (benchmarks).
     """
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from shoal import positions
 from shoal.config import GQAConfig, MLAConfig, ModelConfig
 from shoal.engine.packing import pack_array, pack_tensor, packing_for
-from shoal.formats.checkpoint import Checkpoint
+from shoal.errors import ConfigError
+from shoal.formats.checkpoint import Checkpoint, LazyTensor
 from shoal.formats.layout import EXPERT_PARTS
 from shoal.kernels import native
 
@@ -31,7 +32,9 @@ class Plan:
 
     engine: native.Engine
     config: ModelConfig
-    page_values: int  # cached values of 64 tokens in one layer
+    cache_widths: list[int]  # of the rows that a token caches in a layer: the latent, or every head's key and value
+    cache_layers: int  # layers that cache: the main ones and, if it guesses ahead, one more
+    looks_ahead: bool  # program 1 is the first multi-token-prediction layer
     weight_bytes: int = 0
 
 
@@ -66,6 +69,9 @@ class _Writer:
 
     def matrix(self, name: str) -> native.Packed:
         tensor = self.checkpoint.tensors[name]
+        return self.packed(tensor)
+
+    def packed(self, tensor: LazyTensor) -> native.Packed:
         packed = pack_tensor(tensor, packing_for(tensor, self.scheme), self.threads)
         self.weight_bytes += packed.nbytes
         return packed
@@ -78,37 +84,97 @@ class _Writer:
 
 
 def write_plan(
-    checkpoint: Checkpoint, *, threads: int, scheme: str = "auto", wide: bool = False, moments: Moments | None = None
+    checkpoint: Checkpoint,
+    *,
+    threads: int,
+    scheme: str = "auto",
+    wide: bool = False,
+    look_ahead: bool = False,
+    moments: Moments | None = None,
 ) -> Plan:
     """Pack the weights and write the operations of one forward pass.
 
     Args:
         scheme: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack every large matrix.
+        wide: activations of 16 bits, not 8, where they meet quantised weights.
+        look_ahead: also write the first multi-token-prediction layer, if the model has one, as program 1.
         moments: a dictionary to fill: by name of a matrix [rows, cols] or stack [count, rows, cols], an array
             [count, cols + 1] to which every step adds the squares of each input column and, last, the number of inputs.
     """
     checkpoint.check_complete()
     config = checkpoint.config
+    if config.mlp_bias:
+        raise ConfigError(
+            "mlp_bias", "is true, which the engine does not support: its feed-forward layers add no biases"
+        )
     engine = native.Engine(threads, wide, wide)
     out = _Writer(checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments)
     hidden = out.buffer("hidden", config.hidden_size)
-    cosines, sines = (out.buffer(name, config.attention.rope_dim // 2) for name in ("cosines", "sines"))
     table = out.matrix("model.embed_tokens.weight")
-    out.engine.embed(table, hidden)
-    factor = positions.attention_factor(config.rope.scaling)
-    frequencies = positions.frequencies(config.rope, config.attention.rope_dim)
-    out.engine.rope_table([float(f) for f in frequencies], factor, cosines, sines)
-    for layer in range(config.num_hidden_layers):
-        if isinstance(config.attention, MLAConfig):
-            _write_mla(out, config.attention, layer)
-        else:
-            _write_gqa(out, config.attention, layer)
-        _write_feed_forward(out, layer)
     head = table if config.tie_word_embeddings else out.matrix("lm_head.weight")
-    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    out.engine.head(hidden, out.array("model.norm.weight"), config.rms_norm_eps, head, out.watch([name]))
-    page_values = PAGE_TOKENS * config.attention.cache_width
-    return Plan(engine=out.engine, config=config, page_values=page_values, weight_bytes=out.weight_bytes)
+    final_norm = out.array("model.norm.weight")
+    out.engine.embed(table, hidden)
+    _write_rope_table(out)
+    for layer in range(config.num_hidden_layers):
+        _write_layer(out, layer, moe=config.is_moe_layer(layer))
+    head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    out.engine.head(hidden, final_norm, config.rms_norm_eps, head, out.watch([head_name]))
+    looks_ahead = look_ahead and config.num_nextn_predict_layers > 0
+    if looks_ahead:
+        _write_look_ahead(out, table, head, final_norm)
+    return Plan(
+        engine=out.engine,
+        config=config,
+        cache_widths=_cache_widths(config),
+        cache_layers=config.num_hidden_layers + looks_ahead,
+        looks_ahead=looks_ahead,
+        weight_bytes=out.weight_bytes,
+    )
+
+
+def _cache_widths(config: ModelConfig) -> list[int]:
+    attention = config.attention
+    if isinstance(attention, MLAConfig):
+        return [attention.cache_width]
+    return [attention.head_dim] * (2 * attention.num_key_value_heads)
+
+
+def _write_rope_table(out: _Writer) -> None:
+    rope, width = out.config.rope, out.config.attention.rope_dim
+    cosines, sines = out.buffer("cosines", width // 2), out.buffer("sines", width // 2)
+    frequencies = [float(f) for f in positions.frequencies(rope, width)]
+    out.engine.rope_table(frequencies, positions.attention_factor(rope.scaling), cosines, sines)
+
+
+def _write_layer(out: _Writer, layer: int, *, moe: bool) -> None:
+    attention = out.config.attention
+    if isinstance(attention, MLAConfig):
+        _write_mla(out, attention, layer)
+    else:
+        _write_gqa(out, attention, layer)
+    _write_feed_forward(out, layer, moe=moe)
+
+
+def _write_look_ahead(out: _Writer, table: native.Packed, head: native.Packed, final_norm: NDArray[np.float32]) -> None:
+    """The first MTP layer (DeepSeek-V3 §2.2): from the main states h_i of the step just run and the tokens t_{i+1} to
+    logits of t_{i+2}. Released weights put the embedding first; h_i is taken after the final norm."""
+    config = out.config
+    layer = config.mtp_layers[0]
+    prefix = f"model.layers.{layer}."
+    states, joined = out.buffers["hidden"], out.buffer("joined", 2 * config.hidden_size)
+    ahead = out.buffer("ahead", config.hidden_size)
+    out.engine.program(1)
+    out.engine.look_ahead(
+        table, states, out.array(f"{prefix}enorm.weight"), final_norm, out.array(f"{prefix}hnorm.weight"),
+        config.rms_norm_eps, joined,
+    )  # fmt: skip
+    _write_rope_table(out)
+    out.engine.linear(joined, None, 0.0, [out.matrix(f"{prefix}eh_proj.weight")], [None], [ahead])
+    out.buffers["hidden"] = ahead
+    _write_layer(out, layer, moe=config.moe is not None)
+    out.buffers["hidden"] = states
+    out.engine.head(ahead, out.array(f"{prefix}shared_head.norm.weight"), config.rms_norm_eps, head)
+    out.engine.program(0)
 
 
 def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
@@ -151,6 +217,8 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
 def _absorbed(out: _Writer, mla: MLAConfig, name: str) -> tuple[native.Packed, native.Packed]:
     """W_k^b transposed [N, C, H] and W_v^b [N, V, C] from kv_b_proj: per head H rows of keys, then V of values."""
     tensor = out.checkpoint.tensors[name]
+    if tensor.split is not None:
+        return out.packed(tensor.split[0]), out.packed(tensor.split[1])
     per_head = mla.qk_nope_head_dim + mla.v_head_dim
     both = out.array(name).reshape(mla.num_attention_heads, per_head, mla.kv_lora_rank)
     packing = packing_for(tensor, out.scheme)
@@ -202,36 +270,38 @@ def _write_output(out: _Writer, attended: int, prefix: str) -> None:
     out.engine.linear(attended, None, 0.0, [weight], [bias], [out.buffers["hidden"]], True, moments)
 
 
-def _write_feed_forward(out: _Writer, layer: int) -> None:
+def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
     config, prefix = out.config, f"model.layers.{layer}.mlp."
     norm = out.array(f"model.layers.{layer}.post_attention_layernorm.weight")
     hidden = out.buffers["hidden"]
-    if not config.is_moe_layer(layer):
+    if not moe:
         dense = [out.matrix(f"{prefix}{part}.weight") for part in EXPERT_PARTS]
         out.engine.feed_forward(
             hidden, norm, config.rms_norm_eps, dense, None, None, [], {}, _watch_mlp(out, prefix)
         )  # fmt: skip
         return
-    moe = config.moe
-    assert moe is not None
+    experts = config.moe
+    assert experts is not None
     shared = (
-        [out.matrix(f"{prefix}shared_experts.{part}.weight") for part in EXPERT_PARTS] if moe.n_shared_experts else []
+        [out.matrix(f"{prefix}shared_experts.{part}.weight") for part in EXPERT_PARTS]
+        if experts.n_shared_experts
+        else []
     )
     router = pack_array(out.array(f"{prefix}gate.weight"), "f32")
     routing = {
-        "num_experts_per_tok": moe.num_experts_per_tok,
-        "n_group": 1 if moe.topk_method == "greedy" else moe.n_group,
-        "topk_group": moe.topk_group,
-        "sigmoid": moe.scoring_func == "sigmoid",
-        "top_two": moe.topk_method == "noaux_tc",
-        "normalise": moe.norm_topk_prob,
-        "scaling": moe.routed_scaling_factor,
+        "num_experts_per_tok": experts.num_experts_per_tok,
+        "n_group": 1 if experts.topk_method == "greedy" else experts.n_group,
+        "topk_group": experts.topk_group,
+        "sigmoid": experts.scoring_func == "sigmoid",
+        "top_two": experts.topk_method == "noaux_tc",
+        "normalise": experts.norm_topk_prob,
+        "scaling": experts.routed_scaling_factor,
     }
     out.engine.feed_forward(
         hidden, norm, config.rms_norm_eps, shared, router, out.vector(f"{prefix}gate.e_score_correction_bias"),
         [out.matrix(f"{prefix}experts.{part}.weight") for part in EXPERT_PARTS], routing,
         [*(_watch_mlp(out, f"{prefix}shared_experts.") if shared else []),
-         *_watch_mlp(out, f"{prefix}experts.", moe.n_routed_experts)],
+         *_watch_mlp(out, f"{prefix}experts.", experts.n_routed_experts)],
     )  # fmt: skip
 
 

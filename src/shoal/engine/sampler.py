@@ -5,13 +5,14 @@ V is the vocabulary. The order is the field's usual one; cuts act on the probabi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.engine.params import SamplingParams
-from shoal.errors import RequestError
+from shoal.engine.params import BAN, SamplingParams
+from shoal.errors import RequestError, ShoalError
 
 Floats = NDArray[np.float32]
 
@@ -22,41 +23,60 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
         self._params = params
         self._rng = np.random.Generator(np.random.Philox(_seed(params.seed)))
-        self._counts = np.zeros(vocab_size, np.int32)
-        self._seen = np.zeros(vocab_size, bool)
-        self._seen[np.asarray(prompt, np.int64)] = params.repetition_penalty != 1.0
+        penalised = params.presence_penalty or params.frequency_penalty
+        self._counts_V = np.zeros(vocab_size, np.int32) if penalised else None
+        self._seen_V = np.zeros(vocab_size, bool) if params.repetition_penalty != 1.0 else None
+        if self._seen_V is not None:
+            ids = np.asarray(prompt, np.int64)
+            self._seen_V[ids[ids < vocab_size]] = True
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         if self._bias_ids.size and self._bias_ids.max() >= vocab_size:
             raise RequestError("logit_bias", f"token {self._bias_ids.max()} is outside the vocabulary of {vocab_size}")
-        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        bias = np.fromiter(params.logit_bias.values(), np.float32)
+        self._bias = np.where(bias == BAN, np.float32(-np.inf), bias)
+        if (bias == BAN).sum() == vocab_size:
+            raise RequestError("logit_bias", "forbids every token")
 
     def choose(self, logits_V: Floats) -> int:
-        """Draw one token. `logits_V` is float32 [V] and left unchanged; −inf marks tokens that may not be chosen."""
+        """Draw one token. `logits_V` is float32 [V] and left unchanged; −inf marks tokens that may not be chosen.
+
+        Raises:
+            RequestError: the request's own bias leaves no token to choose.
+            ShoalError: the logits are not numbers, or all −inf.
+        """
         adjusted_V = self._adjust(logits_V)
-        if self._params.temperature == 0.0:
-            token = int(np.argmax(adjusted_V))
-        else:
+        best = int(np.argmax(adjusted_V))  # the first NaN if there is one
+        if not math.isfinite(adjusted_V[best]):
+            raise self._no_choice(logits_V)
+        token = best
+        if self._params.temperature > 0.0:
             ids, probs = cut(adjusted_V, self._params)
             reached = np.cumsum(probs)
             drawn = np.searchsorted(reached, self._rng.random() * reached[-1], side="right")
             token = int(ids[min(int(drawn), ids.size - 1)])
-        self._counts[token] += 1
-        self._seen[token] = True
+        if self._counts_V is not None:
+            self._counts_V[token] += 1
+        if self._seen_V is not None:
+            self._seen_V[token] = True
         return token
 
+    def _no_choice(self, logits_V: Floats) -> ShoalError:
+        if np.isinf(self._bias).any() and math.isfinite(logits_V.max()):
+            return RequestError("logit_bias", "leaves no token to choose")
+        return ShoalError("the model's scores for the next token are not finite; its weights may be damaged")
+
     def _adjust(self, logits_V: Floats) -> Floats:
-        params = self._params
-        penalised = params.presence_penalty or params.frequency_penalty
-        if not (penalised or params.repetition_penalty != 1.0 or self._bias_ids.size):
+        if self._counts_V is None and self._seen_V is None and not self._bias_ids.size:
             return logits_V
-        out_V = logits_V.copy()
-        if params.repetition_penalty != 1.0:
-            seen = out_V[self._seen]
-            factor = params.repetition_penalty
-            out_V[self._seen] = np.where(seen > 0, seen / factor, seen * factor)
-        if penalised:
-            out_V -= params.frequency_penalty * self._counts
-            out_V -= params.presence_penalty * (self._counts > 0)
+        params = self._params
+        out_V: Floats = logits_V.copy()
+        if self._seen_V is not None:
+            seen = out_V[self._seen_V]
+            factor = np.float32(params.repetition_penalty)
+            out_V[self._seen_V] = np.where(seen > 0, seen / factor, seen * factor)
+        if self._counts_V is not None:
+            out_V -= np.float32(params.frequency_penalty) * self._counts_V
+            out_V -= np.float32(params.presence_penalty) * (self._counts_V > 0)
         if self._bias_ids.size:
             out_V[self._bias_ids] += self._bias
         return out_V
@@ -75,7 +95,8 @@ def cut(logits_V: Floats, params: SamplingParams) -> tuple[NDArray[np.int64], ND
     else:
         ids = np.flatnonzero(logits_V > -np.inf)
     wide = logits_V[ids].astype(np.float64)
-    scaled: NDArray[np.float64] = (wide - wide.max()) / params.temperature
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to −inf, as it should
+        scaled: NDArray[np.float64] = (wide - wide.max()) / params.temperature
     probs = np.exp(scaled)
     if params.top_p < 1.0:
         ids, probs = _nucleus(ids, scaled, probs, params.top_p)
@@ -108,20 +129,19 @@ def _nucleus(
     return ids[:keep], probs[:keep]
 
 
-def log_softmax(logits_V: Floats) -> NDArray[np.float64]:
-    """Natural-log probabilities, float64 [V]."""
-    shifted = logits_V.astype(np.float64) - float(logits_V.max())
-    out: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return out
+def log_total(logits_V: Floats) -> float:
+    """The logarithm of the sum of exponentials: a logit minus this is a natural-log probability."""
+    top = logits_V.max()
+    return float(top) + math.log(float(np.exp(logits_V - top).sum(dtype=np.float64)))
 
 
-def likeliest(logprobs_V: NDArray[np.float64], count: int) -> list[int]:
-    """Ids of the `count` likeliest tokens, best first; ties go to the smaller id."""
-    count = min(count, logprobs_V.size)
+def likeliest(logits_V: NDArray[np.floating], count: int) -> list[int]:
+    """Ids of the `count` largest, best first; ties go to the smaller id."""
+    count = min(count, logits_V.size)
     if count == 0:
         return []
-    ids = np.argpartition(logprobs_V, -count)[-count:]
-    return [int(i) for i in ids[np.lexsort((ids, -logprobs_V[ids]))]]
+    ids = _best(logits_V, count)
+    return [int(i) for i in ids[np.lexsort((ids, -logits_V[ids]))]]
 
 
 def _seed(seed: int | None) -> int | None:

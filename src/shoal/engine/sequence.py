@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.engine.pages import PrefixKey
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.engine.pages import page_key
 from shoal.engine.params import SamplingParams
+from shoal.engine.plan import PAGE_TOKENS
 from shoal.engine.sampler import Sampler
 
 LOOKUP_GRAM = 3
+Watch = Callable[[int, NDArray[np.float32]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,13 @@ class Produced:
 class Sequence:
     """State of one generation. `computed` tokens have their cache filled; the rest of `tokens` is still to be run.
 
-    `finish` is None while it runs, then `stop` (an end-of-text token, which is not among the outputs) or `length`.
+    Attributes:
+        max_tokens: most tokens to produce; 0 only reads the prompt.
+        watch: called with the position of a prompt token and the logits after it and its successors, [n, V], for all of
+            the prompt in order and each position once; the array is overwritten by the next step.
+        finish: None while it runs, then `stop` (an end-of-text token, which is not among the outputs), `length`, or
+            `error`, with `error` set.
+        cancelled: nobody waits for it any more.
     """
 
     tokens: list[int]
@@ -34,19 +46,26 @@ class Sequence:
     params: SamplingParams
     sampler: Sampler
     max_tokens: int
-    eos: frozenset[int]
+    eos: frozenset[int] = frozenset()
     draft_length: int = 0
+    ahead: tuple[int, int] | None = None  # (length of `tokens`, the model's own guess of the token that follows)
+    watch: Watch | None = None
+    watched: int = 0
+    arrival: int = -1  # its place in the order of submission
     computed: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None  # of the prompt, found in the cache; None before the first step
     pages: list[int] = field(default_factory=list)
-    last_key: PrefixKey | None = None
     published: int = 0  # full pages already offered for sharing
     outputs: deque[Produced] = field(default_factory=deque)
     finish: str | None = None
-    submitted_at: float = field(default_factory=time.perf_counter)
+    error: Exception | None = None
+    cancelled: bool = False
+    submitted_at: float = 0.0
     first_at: float | None = None
     drafted: int = 0
     accepted: int = 0
+    preempted: int = 0  # how often it gave its pages back and had to wait
+    _keys: list[bytes] = field(default_factory=list)
     _grams: dict[tuple[int, ...], int] = field(default_factory=dict)
     _indexed: int = 0
 
@@ -55,13 +74,36 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def decoding(self) -> bool:
-        """Only the newest token is left to run."""
-        return self.computed == len(self.tokens) - 1
+    def left(self) -> int:
+        """Tokens still to be run."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to take, or nothing more to wait for."""
+        return bool(self.outputs) or self.finish is not None or self.cancelled
+
+    def page_key(self, index: int) -> bytes:
+        """Key of a full page; each is computed once, as tokens never change."""
+        while len(self._keys) <= index:
+            start = len(self._keys) * PAGE_TOKENS
+            before = self._keys[-1] if self._keys else b""
+            self._keys.append(page_key(before, self.tokens[start : start + PAGE_TOKENS]))
+        return self._keys[index]
+
+    @property
+    def shareable_pages(self) -> int:
+        """How many pages may come from the cache: one token is left to run, and watched positions must be run."""
+        whole = (len(self.tokens) - 1) // PAGE_TOKENS
+        return whole if self.watch is None else min(whole, self.watched // PAGE_TOKENS)
 
     def draft(self) -> list[int]:
-        """Guess the next tokens from what followed the same last tokens before (prompt lookup); may be empty."""
-        limit = min(self.draft_length, self.max_tokens - self.produced - 1)
+        """Guess the next tokens: by the model's own prediction head if it has made a guess for this place, else from
+        what followed the same last tokens before (prompt lookup); may be empty."""
+        room = self.max_tokens - self.produced - 1
+        if room > 0 and self.ahead is not None and self.ahead[0] == len(self.tokens):
+            return [self.ahead[1]]
+        limit = min(self.draft_length, room)
         if limit <= 0:
             return []
         tokens, gram = self.tokens, LOOKUP_GRAM
@@ -70,7 +112,13 @@ class Sequence:
             self._grams[tuple(tokens[end - gram : end])] = end
         self._indexed = len(tokens)
         at = self._grams.get(tuple(tokens[-gram:])) if len(tokens) >= gram else None
-        return tokens[at : at + limit] if at is not None else []
+        if at is None:
+            return []
+        out = tokens[at : at + limit]
+        period = len(tokens) - at
+        while len(out) < limit:  # the match runs into the end: what repeats goes on repeating
+            out.append(out[-period])
+        return out
 
     def accept(self, produced: Produced) -> bool:
         """Take a chosen token; False once the sequence is finished."""
@@ -85,3 +133,7 @@ class Sequence:
             self.finish = "length"
             return False
         return True
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.finish = "error"

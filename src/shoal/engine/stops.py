@@ -16,7 +16,9 @@ class StopMatcher:
         if self.stopped or not self._stops:
             return "" if self.stopped else text
         self._held += text
-        cut = min((at for at in (self._held.find(stop) for stop in self._stops) if at >= 0), default=-1)
+        found = ((at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0)
+        # The one that is complete first, so that it does not matter how the text was cut into pieces.
+        _, cut = min(found, default=(0, -1))
         if cut >= 0:
             self.stopped = True
             out, self._held = self._held[:cut], ""

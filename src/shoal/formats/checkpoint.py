@@ -39,6 +39,9 @@ class LazyTensor:
         codes: for whole numbers with scales, matrix by matrix of a stack: codes int8 [rows, cols], scales float32
             [rows, groups] and minima of the same shape or None; weight = scale · code + minimum. A group is a multiple
             of 32 columns, or all of them. None for other storage.
+        split: for an MLA `kv_b_proj` that the file holds as the two halves of absorbed attention, those halves as
+            stored: W_k^b transposed [N, C, H] and W_v^b [N, V, C].
+        release: lets the operating system drop the file's pages that were read for it; they can be read again.
     """
 
     name: str
@@ -48,6 +51,8 @@ class LazyTensor:
     make_chunks: Callable[[], Iterator[Array]] = field(repr=False)
     raw_blocks: Callable[[], NDArray[np.uint8]] | None = field(default=None, repr=False)
     codes: Callable[[], Iterator[CodeTriple]] | None = field(default=None, repr=False)
+    split: tuple[LazyTensor, LazyTensor] | None = field(default=None, repr=False)
+    release: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def chunks(self) -> Iterator[Array]:
         return self.make_chunks()

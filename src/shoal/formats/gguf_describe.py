@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 
 from shoal.config import GQAConfig, MLAConfig, ModelConfig
 from shoal.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 
 def describe(config: ModelConfig) -> dict[str, object]:
@@ -31,7 +29,7 @@ def describe(config: ModelConfig) -> dict[str, object]:
     }
     if isinstance(config.attention, MLAConfig):
         if config.attention.q_lora_rank and config.num_hidden_layers in (26, 27):
-            logger.warning("llama.cpp takes a deepseek2 model of 26 or 27 layers to have no q_lora_rank")
+            _note("llama.cpp takes a deepseek2 model of 26 or 27 layers to have no q_lora_rank")
         out |= _mla(config.attention) | _moe(config)
     else:
         out |= _gqa(config.attention)
@@ -39,6 +37,10 @@ def describe(config: ModelConfig) -> dict[str, object]:
         out["nextn_predict_layers"] = config.num_nextn_predict_layers
     out |= _scaling(config)
     return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in out.items()}}
+
+
+def _note(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def _gqa(gqa: GQAConfig) -> dict[str, object]:
@@ -78,9 +80,9 @@ def _moe(config: ModelConfig) -> dict[str, object]:
     if (moe.scoring_func == "sigmoid") != (moe.topk_method == "noaux_tc"):
         raise ConfigError("topk_method", f"GGUF cannot say {moe.topk_method!r} with scoring_func {moe.scoring_func!r}")
     if moe.topk_method == "group_limited_greedy" and moe.n_group > 1:
-        logger.warning("llama.cpp scores a group of experts by its two best, group_limited_greedy by its best one")
+        _note("llama.cpp scores a group of experts by its two best, group_limited_greedy by its best one")
     if not moe.n_shared_experts:
-        logger.warning("llama.cpp does not load a deepseek2 model without shared experts; Shoal does")
+        _note("llama.cpp does not load a deepseek2 model without shared experts; Shoal does")
     out: dict[str, object] = {
         "leading_dense_block_count": moe.first_k_dense_replace,
         "expert_feed_forward_length": moe.moe_intermediate_size,
@@ -118,7 +120,5 @@ def _scaling(config: ModelConfig) -> dict[str, object]:
             raise ConfigError("rope_scaling.mscale", problem)
         out["rope.scaling.yarn_log_multiplier"] = 0.1 * scaling.mscale_all_dim
     elif config.is_mla:
-        logger.warning(
-            "llama.cpp scales YaRN attention differently where mscale_all_dim is absent; expect other logits"
-        )
+        _note("llama.cpp scales YaRN attention differently where mscale_all_dim is absent; expect other logits")
     return out

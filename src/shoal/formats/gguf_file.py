@@ -83,6 +83,13 @@ class GGUFFile:
         row_bytes = FORMATS[info.dtype].row_bytes(info.shape[-1])
         return np.frombuffer(self.buffer, np.uint8, info.nbytes, info.offset).reshape(-1, row_bytes)
 
+    def release(self, name: str) -> None:
+        """Let the operating system drop a tensor's pages from our memory; reading it again brings them back."""
+        info = self.tensors[name]
+        begin = info.offset - info.offset % mmap.PAGESIZE
+        if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            self.buffer.madvise(mmap.MADV_DONTNEED, begin, info.offset + info.nbytes - begin)
+
 
 def read_gguf(path: str | Path) -> GGUFFile:
     """Parse and check a GGUF file; no tensor data is read.

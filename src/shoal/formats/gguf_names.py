@@ -181,9 +181,11 @@ def _decode(stored: Bytes, dtype: str) -> Array:
     return stored.view(PLAIN[dtype]) if dtype in PLAIN else dequantize(stored, dtype)
 
 
-def _stored(source: _Source, name: str, shape: Shape, order: RowOrder | None) -> LazyTensor:
+def _stored(
+    source: _Source, name: str, shape: Shape, order: RowOrder | None = None, *, own: str | None = None
+) -> LazyTensor:
     """A tensor that GGUF holds as one: read a bounded number of rows at a time, an expert at a time in a stack."""
-    file, info = source.claim(gguf_name(name), shape)
+    file, info = source.claim(own or gguf_name(name), shape)
     if len(shape) == 3:
         step = shape[1]
     else:
@@ -204,8 +206,15 @@ def _stored(source: _Source, name: str, shape: Shape, order: RowOrder | None) ->
         rows = file.stored(info.name)
         return order.from_gguf(rows) if order is not None else rows
 
-    blocks = raw_blocks if info.dtype not in PLAIN and len(shape) > 1 else None
-    return LazyTensor(name=name, shape=shape, dtype=info.dtype, source=file.path, make_chunks=chunks, raw_blocks=blocks)
+    return LazyTensor(
+        name=name,
+        shape=shape,
+        dtype=info.dtype,
+        source=file.path,
+        make_chunks=chunks,
+        raw_blocks=raw_blocks if info.dtype not in PLAIN and len(shape) > 1 else None,
+        release=lambda: file.release(info.name),
+    )
 
 
 def _fused_name(name: str) -> str:
@@ -250,8 +259,12 @@ def _split_kv_b(source: _Source, config: ModelConfig, name: str, shape: Shape) -
             value_VC = _decode(stored_v[head], info_v.dtype)
             yield np.concatenate([key_CH.T, value_VC], dtype=np.result_type(key_CH, value_VC))
 
-    # Blocks run along H, which becomes the rows here: the bytes cannot be handed out as they are.
-    return LazyTensor(name=name, shape=shape, dtype=info_k.dtype, source=file_k.path, make_chunks=chunks)
+    # Blocks run along H, which becomes the rows here: only the halves' bytes can be handed out as they are.
+    halves = (
+        _stored(source, f"{name} (keys)", (heads, latent, nope), own=info_k.name),
+        _stored(source, f"{name} (values)", (heads, value, latent), own=info_v.name),
+    )
+    return LazyTensor(name=name, shape=shape, dtype=info_k.dtype, source=file_k.path, make_chunks=chunks, split=halves)
 
 
 def _zeros(name: str, shape: Shape, file: GGUFFile) -> LazyTensor:

@@ -103,7 +103,7 @@ def _half(blocks: Bytes, at: int) -> Floats:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
 
 
-def _nibbles(packed: Bytes) -> Bytes:
+def nibbles(packed: Bytes) -> Bytes:
     """uint8 [..., n] → [..., 2n]: all low nibbles, then all high ones."""
     return np.concatenate([packed & 0x0F, packed >> 4], axis=-1)
 
@@ -115,22 +115,22 @@ def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
 
 
 def _decode_q4_0(blocks: Bytes) -> Floats:
-    centred: Floats = _nibbles(blocks[:, 2:]).astype(np.float32) - np.float32(8)
+    centred: Floats = nibbles(blocks[:, 2:]).astype(np.float32) - np.float32(8)
     return _half(blocks, 0) * centred
 
 
 def _decode_q4_1(blocks: Bytes) -> Floats:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]).astype(np.float32) + _half(blocks, 2)
+    return _half(blocks, 0) * nibbles(blocks[:, 4:]).astype(np.float32) + _half(blocks, 2)
 
 
 def _decode_q5_0(blocks: Bytes) -> Floats:
-    whole = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
+    whole = nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
     centred: Floats = whole.astype(np.float32) - np.float32(16)
     return _half(blocks, 0) * centred
 
 
 def _decode_q5_1(blocks: Bytes) -> Floats:
-    whole = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
+    whole = nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
     return _half(blocks, 0) * whole.astype(np.float32) + _half(blocks, 2)
 
 
@@ -138,7 +138,7 @@ def _decode_q8_0(blocks: Bytes) -> Floats:
     return blocks[:, 2:].view(np.int8).astype(np.float32) * _half(blocks, 0)
 
 
-def _k_scales(packed: Bytes) -> tuple[Floats, Floats]:
+def k_scales(packed: Bytes) -> tuple[Floats, Floats]:
     """Twelve bytes → eight 6-bit scales and eight 6-bit minimums, float32 [B, 8, 1] each.
 
     Bytes 0–3 and 4–7 hold the first four of each in their low six bits; bytes 8–11 hold the low nibbles of the last
@@ -151,30 +151,30 @@ def _k_scales(packed: Bytes) -> tuple[Floats, Floats]:
 
 
 def _decode_k45(blocks: Bytes, quants_B8Q: Bytes) -> Floats:
-    scales, minimums = _k_scales(blocks[:, 4 : 4 + K_SCALE_BYTES])
+    scales, minimums = k_scales(blocks[:, 4 : 4 + K_SCALE_BYTES])
     scale, minimum = _half(blocks, 0)[..., None] * scales, _half(blocks, 2)[..., None] * minimums
     return (scale * quants_B8Q.astype(np.float32) - minimum).reshape(-1, K_BLOCK)
 
 
-def _k_nibbles(packed: Bytes) -> Bytes:
+def k_nibbles(packed: Bytes) -> Bytes:
     """128 bytes → uint8 [B, 8, 32]: every 32 bytes hold one sub-block low and the next one high."""
-    return _nibbles(packed.reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return nibbles(packed.reshape(-1, 4, 32)).reshape(-1, 8, 32)
 
 
 def _decode_q4_k(blocks: Bytes) -> Floats:
-    return _decode_k45(blocks, _k_nibbles(blocks[:, 16:]))
+    return _decode_k45(blocks, k_nibbles(blocks[:, 16:]))
 
 
 def _decode_q5_k(blocks: Bytes) -> Floats:
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     fifth = ((blocks[:, 16:48][:, None, :] >> shifts) & 1) << np.uint8(4)
-    return _decode_k45(blocks, _k_nibbles(blocks[:, 48:]) | fifth)
+    return _decode_k45(blocks, k_nibbles(blocks[:, 48:]) | fifth)
 
 
 def _decode_q6_k(blocks: Bytes) -> Floats:
     """Two halves of 128 values; each takes 64 bytes of low nibbles and 32 bytes of four 2-bit highs."""
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    low = nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     high = ((blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3) << np.uint8(4)
     centred: Floats = (low | high).astype(np.float32).reshape(-1, 16, 16) - np.float32(32)
     scales = _half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)

@@ -7,8 +7,8 @@ becomes F16. `keep` copies the stored blocks of a GGUF source and leaves other t
 
 from __future__ import annotations
 
-import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Bytes = NDArray[np.uint8]
 Progress = Callable[[int, int], None]
 
-logger = logging.getLogger(__name__)
 
 DTYPES = ("F16", "F32", "BF16", "Q8_0", "Q4_0", "Q4_1", "keep")
 # The codes of llama.cpp's `general.file_type`: what most matrices of the file are.
@@ -103,7 +102,7 @@ def write_model(
 ) -> None:
     """As `write_gguf`, with what is not the model's shape (name, tokenizer, template) given as GGUF `fields`."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise ConfigError("dtype", f"{dtype!r} is not one of {', '.join(DTYPES)}")
     out = _plan(config, tensors, dtype, dst)
     matrices = [tensor.dtype for tensor in out if len(tensor.shape) > 1]
     head = {
@@ -163,9 +162,8 @@ def _plan(config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: str, ds
             out.append(_one(config, tensor, dtype))
     fallen = [tensor.name for tensor in out if tensor.dtype == "F16"] if dtype.startswith("Q") else []
     if fallen:
-        logger.warning(
-            "%s: %d tensors whose rows are no whole blocks are stored as F16, %s first", dst, len(fallen), fallen[0]
-        )
+        problem = f"{len(fallen)} tensors whose rows are no whole blocks are stored as F16, {fallen[0]} first"
+        warnings.warn(f"{dst}: {problem}", stacklevel=3)
     return out
 
 

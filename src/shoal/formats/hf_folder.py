@@ -315,20 +315,19 @@ class _Reader:
                 continue
             if name.startswith("lm_head.weight") and self.config.tie_word_embeddings:
                 self._check_tied(name)
-            elif number >= self.config.num_hidden_layers and self._is_mtp(number):
+            elif self._is_unwanted_mtp(number) or not name.startswith(("model.", "lm_head.")):
                 strangers.append(name)
-            elif name.startswith(("model.", "lm_head.")):
-                raise FileError(
-                    self.shards[name].path, "has no place in the model that config.json describes", item=name
-                )
             else:
-                strangers.append(name)
+                problem = "has no place in the model that config.json describes"
+                raise FileError(self.shards[name].path, problem, item=name)
         if strangers:
             shown = ", ".join(strangers[:3]) + (" …" if len(strangers) > 3 else "")
             warnings.warn(f"{self.folder}: {len(strangers)} tensor(s) left unread: {shown}", stacklevel=4)
 
-    def _is_mtp(self, layer: int) -> bool:
-        return f"model.layers.{layer}.enorm.weight" in self.shards
+    def _is_unwanted_mtp(self, layer: int) -> bool:
+        """An MTP layer past those that the configuration asks for."""
+        last = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+        return layer >= last and f"model.layers.{layer}.enorm.weight" in self.shards
 
     def _check_tied(self, name: str) -> None:
         twin = name.replace("lm_head", "model.embed_tokens")

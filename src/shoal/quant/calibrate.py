@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal.formats.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from shoal.engine.core import Core
 
 Floats = NDArray[np.float32]
 WINDOW = 512
@@ -54,11 +58,34 @@ def calibrate(
 
     moments: dict[str, Floats] = {}
     longest = max((len(window) for window in windows), default=1)
-    core = Core(checkpoint, threads=threads, cache_tokens=longest, moments=moments)
+    # A prediction layer runs after each step that leaves something to run: it sees all but the last one.
+    step_tokens = -(-longest // 4) if checkpoint.config.num_nextn_predict_layers else longest
+    core = Core(
+        checkpoint, threads=threads, cache_tokens=longest, moments=moments, look_ahead=True, step_tokens=step_tokens
+    )  # fmt: skip
     done, total = 0, sum(len(window) for window in windows)
     for window in windows:
-        core.score(list(window))
+        _read(core, list(window))
         done += len(window)
         if progress is not None:
             progress(done, total)
     return Importance(moments)
+
+
+def _read(core: Core, tokens: list[int]) -> None:
+    from shoal.engine.params import SamplingParams
+    from shoal.engine.sampler import Sampler
+    from shoal.engine.sequence import Sequence as Running
+
+    params = SamplingParams()
+    running = Running(
+        tokens=tokens, prompt_tokens=len(tokens), params=params, sampler=Sampler(params, tokens, core.vocab_size),
+        max_tokens=0, watch=lambda first, rows: None,
+    )  # fmt: skip
+    core.submit(running)
+    try:
+        core.advance(running)
+        if running.error is not None:
+            raise running.error
+    finally:
+        core.release(running)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
 import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 
-from shoal.engine import LLM, Chunk, Stats, TokenLogprob
+from shoal.engine import LLM, Chunk, Generation, Stats, TokenLogprob
 from shoal.errors import RequestError
 from shoal.formats.reasoning import ReasoningSplitter
 from shoal.server.body import read_json
 from shoal.server.protocol import ChatRequest, Message, parse_request
-from shoal.server.service import Piece, run_all, service_of, shown_logprob, token_text, usage, whole_answer
+from shoal.server.service import service_of, shown_logprob, token_text, usage, whole_answer
 from shoal.server.sse import EventStream
+from shoal.server.worker import Piece
 
 # Switches that chat templates publish; anything else a client sends could override the template's own variables.
 TEMPLATE_SWITCHES = ("thinking", "enable_thinking")
@@ -26,8 +26,8 @@ async def chat_completions(request: Request) -> Response:
     body = parse_request(ChatRequest, await read_json(request))
     service = service_of(request)
     llm = service.engine_for(body.model)
-    streams, in_reasoning = await anyio.to_thread.run_sync(_prepare, llm, body)
-    results = service.worker.submit(run_all(streams))
+    generations, in_reasoning = await anyio.to_thread.run_sync(_prepare, llm, body)
+    results = service.worker.submit(generations)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     reply = _Reply(service.head("chatcmpl", kind), body, in_reasoning)
     if body.stream:
@@ -35,7 +35,7 @@ async def chat_completions(request: Request) -> Response:
     return await whole_answer(request, results, reply.add, reply.body)
 
 
-def _prepare(llm: LLM, body: ChatRequest) -> tuple[list[Generator[Chunk, None, None]], bool]:
+def _prepare(llm: LLM, body: ChatRequest) -> tuple[list[Generation], bool]:
     """A generation for each choice, none started, and whether they begin in the middle of reasoning.
 
     Runs in a thread, as a long prompt would stall every other client. Everything that can be wrong with the request
@@ -43,17 +43,17 @@ def _prepare(llm: LLM, body: ChatRequest) -> tuple[list[Generator[Chunk, None, N
     """
     messages = [_plain(message) for message in body.messages]
     ids = llm.encode_chat(messages, options=_options(body))
-    streams = []
+    generations = []
     for choice in range(body.num_choices):
         params = body.sampling(llm.generation, max_tokens=body.token_limit, logprobs=body.num_logprobs, choice=choice)
         try:
-            streams.append(llm.stream(ids, params))
+            generations.append(llm.prepare(ids, params))
         except RequestError as error:
             if error.param != "prompt":
                 raise
             raise RequestError("messages", str(error).removeprefix("prompt: "), code=error.code) from None
     assert llm.chat_format is not None  # encode_chat has seen to that
-    return streams, llm.chat_format.starts_in_reasoning(llm.tokenizer, ids)
+    return generations, llm.chat_format.starts_in_reasoning(llm.tokenizer, ids)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -138,9 +138,13 @@ class _Reply:
             out.append(self._event(index, delta, logprobs=logprobs))
         if chunk.finish_reason is not None:
             out.append(self._event(index, {}, finish_reason=chunk.finish_reason))
-            if self._request.include_usage and index == self._request.num_choices - 1:
+            if self._request.include_usage and self._all_finished():
                 out.append({**self._head, "choices": [], "usage": self._usage()})
         return out
+
+    def _all_finished(self) -> bool:
+        finished = sum(choice.finish_reason is not None for choice in self._choices.values())
+        return finished == self._request.num_choices
 
     def _event(
         self, index: int, delta: dict[str, Any], *, logprobs: Any = None, finish_reason: str | None = None

@@ -37,6 +37,7 @@ def serve(
     *,
     name: str,
     sock: socket.socket,
+    parallel: int = 32,
     max_queue: int = 64,
     drain_seconds: int = DRAIN_SECONDS,
     api_key: str | None = None,
@@ -46,7 +47,8 @@ def serve(
     """Serve one model on a listening socket until SIGTERM or SIGINT, then finish what runs and return.
 
     The socket answers (503) while the model loads. A second SIGINT ends at once. `on_start` is called when signals are
-    handled and the loading begins, `on_ready` (on another thread) when it is done.
+    handled and the loading begins, `on_ready` (on another thread) when it is done. `parallel` and `max_queue` are
+    those of `EngineWorker`.
 
     Returns:
         False if the engine's thread could not be stopped because it is still loading. It is a daemon, but Python cannot
@@ -65,7 +67,7 @@ def serve(
     def give_up() -> None:
         server.should_exit = True
 
-    worker = EngineWorker(load_and_tell, max_queue=max_queue, on_failure=give_up)
+    worker = EngineWorker(load_and_tell, parallel=parallel, max_queue=max_queue, on_failure=give_up)
     host = sock.getsockname()[0]
     hosts = LOOPBACK if host in LOOPBACK else None
     app = create_app(Service(name=name, worker=worker), hosts=hosts, api_key=api_key)

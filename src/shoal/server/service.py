@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import shoal
-from shoal.engine import LLM, Chunk, Stats
+from shoal.engine import LLM, Stats
 from shoal.server.errors import ApiError, json_response
 from shoal.server.sse import unless_disconnected
-from shoal.server.worker import EngineWorker, Results
-
-Piece = tuple[int, Chunk]  # number of the choice, and what it produced
+from shoal.server.worker import EngineWorker, Piece, Results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +60,8 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def run_all(streams: Iterable[Generator[Chunk, None, None]]) -> Generator[Piece, None, None]:
-    """The choices one after the other. Closing this closes the one that runs, which frees its place in the cache."""
-    for index, stream in enumerate(streams):
-        with contextlib.closing(stream):
-            for chunk in stream:
-                yield index, chunk
-
-
 async def whole_answer(
-    request: Request, results: Results[Piece], add: Callable[[Piece], object], body: Callable[[], dict[str, Any]]
+    request: Request, results: Results, add: Callable[[Piece], object], body: Callable[[], dict[str, Any]]
 ) -> Response:
     """Collect every piece, then answer; a client that leaves meanwhile cancels the work."""
 

@@ -31,7 +31,7 @@ class EventStream(Response):
     that goes away cancels the job.
     """
 
-    def __init__(self, results: Results[Any], make_events: Callable[[Any], list[dict[str, Any]]]) -> None:
+    def __init__(self, results: Results, make_events: Callable[[Any], list[dict[str, Any]]]) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )

@@ -1,51 +1,74 @@
-"""One thread that owns the engine: it loads the model, then works through a bounded queue of generations.
+"""One thread that owns the engine: it loads the model, then steps through all running generations together.
 
-The event loop never computes and the engine never waits for a socket: results cross from the thread to the loop through
-a `Results`, and giving up (a client that left, a shutdown) crosses back as a flag, checked at every token.
+Every step advances each of them by a token. What a step brought crosses to the event loop in one call, and the loop
+never computes while the engine never waits for a socket. Giving up (a client that left, a shutdown) goes the other way:
+it frees the cache pages at once and the generation is gone at the next step.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
-from shoal.engine import LLM
+from shoal.engine import LLM, Chunk, Generation
 from shoal.server.errors import ApiError
 
-T = TypeVar("T")
+Piece = tuple[int, Chunk]  # number of the choice, and what it produced
 _END = object()
 
 
-class Results(AsyncIterator[T], Generic[T]):
-    """What one job yields, read on the event loop. Ends as the job ends; raises what the job raised."""
+class Results(AsyncIterator[Piece]):
+    """What the generations of one request yield, read on the event loop. Ends as they end; raises what one raised."""
 
-    def __init__(self, worker: EngineWorker, source: Generator[T, None, None]) -> None:
-        self.source = source
-        self.cancelled = threading.Event()
+    def __init__(self, worker: EngineWorker, generations: Sequence[Generation]) -> None:
+        self.generations = generations
+        self.failed: Exception | None = None
+        self.started_at = 0.0
+        self.loop = asyncio.get_running_loop()
         self._worker = worker
-        self._loop = asyncio.get_running_loop()
         self._items: deque[Any] = deque()
         self._arrived = asyncio.Event()
         self._finished = False
 
-    def put(self, item: Any) -> None:
-        """From the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._append, item)
-        except RuntimeError:  # the loop is gone, and with it the reader
-            self.cancelled.set()
-
     def cancel(self) -> None:
-        """Give up: a waiting job leaves the queue at once, a running one ends after its current step."""
-        self.cancelled.set()
+        """Give up, from any thread: a waiting request leaves the queue, a running one gives its pages back."""
+        for generation in self.generations:
+            generation.cancel()
         self._worker.forget(self)
 
-    async def next(self, timeout: float | None = None) -> T | None:
+    def start(self) -> None:
+        """On the engine's thread."""
+        self.started_at = time.perf_counter()
+        try:
+            for generation in self.generations:
+                generation.start()
+        except Exception as error:  # this request fails, the thread lives
+            self.failed = error
+
+    def collect(self) -> list[Any]:
+        """On the engine's thread: what is new, ending with what ended it: an exception or the mark of the end."""
+        if self.failed is not None:
+            return [self.failed]
+        items: list[Any] = []
+        try:
+            for index, generation in enumerate(self.generations):
+                items.extend((index, chunk) for chunk in generation.ready())
+        except Exception as error:
+            return [*items, error]
+        if all(generation.done for generation in self.generations):
+            items.append(_END)
+        return items
+
+    def put(self, items: list[Any]) -> None:
+        """On the event loop."""
+        self._items.extend(items)
+        self._arrived.set()
+
+    async def next(self, timeout: float | None = None) -> Piece | None:
         """The next item, or None if none arrives within `timeout` seconds. Raises StopAsyncIteration at the end."""
         while not self._items:
             if self._finished:
@@ -64,14 +87,10 @@ class Results(AsyncIterator[T], Generic[T]):
             raise StopAsyncIteration
         return item  # type: ignore[no-any-return]
 
-    async def __anext__(self) -> T:
+    async def __anext__(self) -> Piece:
         item = await self.next()
         assert item is not None
         return item
-
-    def _append(self, item: Any) -> None:
-        self._items.append(item)
-        self._arrived.set()
 
 
 class EngineWorker:
@@ -79,22 +98,29 @@ class EngineWorker:
 
     Args:
         load: makes the engine; called once, on the thread.
-        max_queue: most jobs that wait while another runs; more are refused with 429.
+        parallel: most generations that run at once. A request with more of them than that runs alone.
+        max_queue: most requests that wait for a place; more are refused with 429.
         on_failure: called on the thread if loading fails; `error` then says why.
     """
 
     def __init__(
-        self, load: Callable[[], LLM], *, max_queue: int = 64, on_failure: Callable[[], None] | None = None
+        self,
+        load: Callable[[], LLM],
+        *,
+        parallel: int = 32,
+        max_queue: int = 64,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.error: Exception | None = None
         self._load = load
         self._on_failure = on_failure
+        self._parallel = parallel
         self._max_queue = max_queue
         self._llm: LLM | None = None
-        self._waiting: deque[Results[Any]] = deque()
-        self._running: Results[Any] | None = None
+        self._waiting: deque[Results] = deque()
+        self._running: list[Results] = []
         self._closing = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards the two lists
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._main, name="shoal-engine", daemon=True)
 
@@ -119,7 +145,7 @@ class EngineWorker:
 
     @property
     def num_running(self) -> int:
-        return int(self._running is not None)
+        return len(self._running)
 
     def engine(self) -> LLM:
         """The loaded engine; ApiError 503 while there is none."""
@@ -128,29 +154,26 @@ class EngineWorker:
             raise ApiError(503, f"the model is {state}", code=f"model_{state}", headers={"retry-after": "2"})
         return self._llm
 
-    def submit(self, source: Generator[T, None, None]) -> Results[T]:
-        """Queue a job; its generator runs and is closed on the engine's thread. ApiError 429 if the queue is full."""
-        results = Results(self, source)
+    def submit(self, generations: Sequence[Generation]) -> Results:
+        """Queue a request; its generations run side by side. ApiError 429 if the queue is full."""
+        results = Results(self, generations)
         with self._changed:
             if self._closing:
-                raise ApiError(503, "the server is stopping", code="model_stopping")
-            # One more than the queue holds, as the thread may not have taken the first one out yet.
-            if self.num_waiting + self.num_running > self._max_queue:
-                wait = min(60, max(1, round(self._mean_seconds * (self._max_queue + 1))))
-                raise ApiError(
-                    429,
-                    f"the engine is busy and {self._max_queue} requests wait already; try again in {wait} s",
-                    code="queue_full",
-                    headers={"retry-after": str(wait)},
-                )
+                raise _stopping()
+            # The thread may not have taken the first ones out of the queue yet: those are as good as running.
+            queued = len(self._waiting) - self._num_startable()
+            if queued >= self._max_queue and not self._has_room(len(generations), (*self._running, *self._waiting)):
+                raise self._busy()
             self._waiting.append(results)
             self._changed.notify()
         return results
 
-    def forget(self, results: Results[Any]) -> None:
-        """Take a job out of the queue if it still waits there."""
-        with self._changed, contextlib.suppress(ValueError):
-            self._waiting.remove(results)
+    def forget(self, results: Results) -> None:
+        """Take a request out of the queue if it still waits there, and wake the thread if it runs."""
+        with self._changed:
+            if results in self._waiting:
+                self._waiting.remove(results)
+            self._changed.notify()
 
     def stop(self, timeout: float = 5.0) -> None:
         """Cancel everything and end the thread. One that still loads, or is busy longer than `timeout` seconds, is left
@@ -158,12 +181,30 @@ class EngineWorker:
         loading = self.state == "loading"
         with self._changed:
             self._closing = True
-            for results in (*self._waiting, self._running):
-                if results is not None:
-                    results.cancelled.set()
             self._changed.notify()
         if self.alive and not loading:
             self._thread.join(timeout)
+
+    def _busy(self) -> ApiError:
+        wait = min(60, max(1, round(self._mean_seconds * (self._max_queue / self._parallel + 1))))
+        return ApiError(
+            429,
+            f"the engine is busy and {self._max_queue} requests wait already; try again in {wait} s",
+            code="queue_full",
+            headers={"retry-after": str(wait)},
+        )
+
+    def _has_room(self, count: int, others: Sequence[Results]) -> bool:
+        return not others or count + sum(len(other.generations) for other in others) <= self._parallel
+
+    def _num_startable(self) -> int:
+        count, ahead = 0, list(self._running)
+        for results in self._waiting:
+            if not self._has_room(len(results.generations), ahead):
+                break
+            ahead.append(results)
+            count += 1
+        return count
 
     def _main(self) -> None:
         try:
@@ -173,28 +214,64 @@ class EngineWorker:
             if self._on_failure is not None:
                 self._on_failure()
             return
-        while True:
+        while not self._closing:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
-                    return
-                self._running = self._waiting.popleft()
-            self._run(self._running)
-            with self._changed:
-                self._running = None
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
+                fresh = [self._waiting.popleft() for _ in range(self._num_startable())]
+                self._running.extend(fresh)
+            for results in fresh:
+                results.start()
+            self._step()
+        self._end_all()
 
-    def _run(self, results: Results[Any]) -> None:
-        started = time.perf_counter()
-        last: Any = _END
+    def _step(self) -> None:
+        assert self._llm is not None
         try:
-            if not results.cancelled.is_set():
-                for item in results.source:
-                    if results.cancelled.is_set():
-                        break
-                    results.put(item)
-        except Exception as error:  # the request fails, the thread lives
-            last = error
-        finally:
-            results.source.close()
-        results.put(last)
-        self._mean_seconds += 0.2 * (time.perf_counter() - started - self._mean_seconds)
+            self._llm.step()
+        except Exception as error:  # a fault of ours: whoever runs is told
+            for results in self._running:
+                results.failed = error
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give each event loop, in one call, what the step brought to its requests."""
+        news: dict[asyncio.AbstractEventLoop, list[tuple[Results, list[Any]]]] = {}
+        ended: list[Results] = []
+        for results in self._running:
+            items = results.collect()
+            if items:
+                news.setdefault(results.loop, []).append((results, items))
+                if items[-1] is _END or isinstance(items[-1], Exception):
+                    ended.append(results)
+        self._finish(ended)
+        for loop, parcels in news.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, parcels)
+            except RuntimeError:  # the loop is gone, and with it the readers
+                for results, _ in parcels:
+                    results.cancel()
+
+    def _finish(self, ended: list[Results]) -> None:
+        for results in ended:
+            for generation in results.generations:
+                generation.cancel()
+            self._mean_seconds += 0.2 * (time.perf_counter() - results.started_at - self._mean_seconds)
+        with self._changed:
+            self._running = [results for results in self._running if results not in ended]
+
+    def _end_all(self) -> None:
+        with self._changed:
+            self._running.extend(self._waiting)
+            self._waiting.clear()
+        for results in self._running:
+            results.failed = _stopping()
+        self._hand_over()
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", code="model_stopping")
+
+
+def _deliver(parcels: list[tuple[Results, list[Any]]]) -> None:
+    for results, items in parcels:
+        results.put(items)

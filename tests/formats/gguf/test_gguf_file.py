@@ -180,7 +180,7 @@ def test_a_file_cut_short_after_opening_is_an_error_not_a_crash(save):
 def small_model(tmp_path_factory, make_config, make_weights, as_tensors, vocabulary):
     """A whole deepseek2 file with a short vocabulary, so that damage often meets the metadata."""
     path = tmp_path_factory.mktemp("fuzz") / "valid.gguf"
-    config = make_config("deepseek_v3", num_hidden_layers=2)
+    config = make_config("deepseek_v2", num_hidden_layers=2)
     fields = {**vocabulary, "general.sampling.temp": 0.7}
     write_model(config, as_tensors(make_weights(config)), fields, path, dtype="Q4_0")
     data_start = min(info.offset for info in read_gguf(path).tensors.values())

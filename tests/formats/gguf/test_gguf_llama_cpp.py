@@ -74,6 +74,7 @@ def test_llama_cpp_agrees_with_our_network(
     assert_agrees(llama_cpp(tmp_path / "model.gguf", prompt, STEPS), prompt, log_probs)
 
 
+@pytest.mark.filterwarnings("ignore:.*stored as F16")
 @pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0", "BF16"])
 def test_llama_cpp_loads_quantised_files(tmp_path, make_config, make_weights, as_tensors, vocabulary, llama_cpp, dtype):
     """Its answer comes from quantised activations, so it is held to a looser bound, that of the values we read back."""
@@ -111,6 +112,7 @@ def hf_model(kind):
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     groups = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
+    groups["num_nextn_predict_layers"] = 0
     config, model = {
         "deepseek_v3": ("DeepseekV3", {**moe, **groups, "rope_parameters": yarn}),
         "deepseek_v2": ("DeepseekV2", {**moe, "q_lora_rank": None, "norm_topk_prob": False, "topk_method": "greedy"}),

@@ -78,16 +78,17 @@ def test_the_gguf_package_reads_it(write, make_config, make_weights, vocabulary,
     )
 
 
-def test_the_sensitive_tensors_stay_precise(write, make_config, make_weights, caplog):
+def test_the_sensitive_tensors_stay_precise(write, make_config, make_weights):
     config = make_config("deepseek_v3")
-    path = write(config, make_weights(config), "Q4_0")
+    with pytest.warns(UserWarning, match="3 tensors whose rows are no whole blocks are stored as F16") as caught:
+        path = write(config, make_weights(config), "Q4_0")
+    assert len(caught) == 1
     kinds = {name: info.dtype for name, info in read_gguf(path).tensors.items()}
     assert kinds["blk.1.ffn_gate_exps.weight"] == kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == "Q4_0"
     assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.exp_probs_b.bias"] == kinds["output_norm.weight"] == "F32"
     assert {kinds[f"blk.2.attn_{part}.weight"] for part in ("k_b", "v_b", "kv_a_mqa", "q_a")} == {"Q8_0"}
     assert kinds["output.weight"] == "Q8_0"
     assert kinds["blk.0.attn_q_b.weight"] == "F16", "rows of 48 are no whole blocks"
-    assert sum("stored as F16" in record.message for record in caplog.records) == 1
     tied = make_config("llama", tie_word_embeddings=True)
     assert read_gguf(write(tied, make_weights(tied), "Q4_1")).tensors["token_embd.weight"].dtype == "Q8_0"
 
@@ -211,6 +212,27 @@ def test_what_gguf_cannot_say_is_refused(write, tmp_path, make_config, make_weig
     assert not list(tmp_path.iterdir())
 
 
+def differing(make_config):
+    v2, v3 = make_config("deepseek_v2"), make_config("deepseek_v3")
+    groups = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+    return {
+        "YaRN attention": replace(v2, rope=RopeConfig(scaling=replace(YARN, mscale_all_dim=None), interleave=True)),
+        "two best": replace(v2, moe=replace(v2.moe, **groups)),
+        "without shared experts": replace(v3, moe=replace(v3.moe, n_shared_experts=0)),
+        "26 or 27 layers": replace(v3, num_hidden_layers=26),
+    }
+
+
+@pytest.mark.parametrize("what", ["YaRN attention", "two best", "without shared experts", "26 or 27 layers"])
+def test_where_llama_cpp_differs_is_said_once(write, same_weights, make_config, make_weights, what):
+    config = differing(make_config)[what]
+    weights = make_weights(config)
+    with pytest.warns(UserWarning, match="llama.cpp") as caught:
+        checkpoint = open_gguf(write(config, weights))
+    assert [what in str(warning.message) for warning in caught] == [True]
+    same_weights(checkpoint, weights)
+
+
 def test_more_tokens_than_rows(write, make_config, make_weights, vocabulary):
     config = make_config("llama")
     fields = {**vocabulary, "tokenizer.ggml.tokens": [f"t{index}" for index in range(289)]}
@@ -220,7 +242,7 @@ def test_more_tokens_than_rows(write, make_config, make_weights, vocabulary):
 
 def test_unknown_dtype(write, make_config, make_weights):
     config = make_config("llama")
-    with pytest.raises(ValueError, match="'Q4_K' is not one of F16, F32"):
+    with pytest.raises(ConfigError, match="dtype: 'Q4_K' is not one of F16, F32"):
         write(config, make_weights(config), "Q4_K")
 
 

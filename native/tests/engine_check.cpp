@@ -1,0 +1,285 @@
+// The executor on two tiny random models, without Python: for sanitizers and for emulators. Every result must be the
+// same to the last bit whatever the number of threads, the chunks in which tokens come, and the sequences beside them.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "engine/operations.h"
+#include "engine/pack.h"
+#include "shoal/dispatch.h"
+
+namespace {
+
+using shoal::PackedMatrix;
+using shoal::Packing;
+using Logits = std::vector<float>;
+
+constexpr long kVocabulary = 67, kHidden = 80, kPages = 10;
+
+struct Setup {
+    bool mla;
+    Packing packing;
+    bool bf16_cache, wide;
+    int threads;
+};
+
+// Owns the weights that the plan points into.
+class Model {
+  public:
+    explicit Model(const Setup& setup) : setup_(setup), engine_(setup.threads) {
+        hidden_ = engine_.add_buffer(kHidden);
+        const long rope = setup.mla ? 6 : 16;
+        cosines_ = engine_.add_buffer(rope / 2);
+        sines_ = engine_.add_buffer(rope / 2);
+        const PackedMatrix table = matrix(kVocabulary, kHidden, 1.0f);
+        auto& embed = add<shoal::Embed>(false);
+        embed.table = table;
+        embed.out = hidden_;
+        auto& tables = add<shoal::RopeTable>();
+        for (long i = 0; i < rope / 2; ++i) tables.inverse_frequency.push_back(1.0f / float(1 << i));
+        tables.cosines = cosines_;
+        tables.sines = sines_;
+        for (long layer = 0; layer < 2; ++layer) {
+            setup.mla ? mla_layer(layer) : gqa_layer(layer);
+            feed_forward(setup.mla && layer == 1);
+        }
+        auto& head = add<shoal::Head>(false);
+        head.input = input();
+        head.weight = table;
+        engine_.set_cache(2, shoal::kPageTokens * (setup.mla ? kLatent + 6 : 2 * 2 * 16), setup.bf16_cache, kPages);
+    }
+
+    struct Slice {
+        long first, last;  // tokens of the text
+        std::vector<int32_t> pages;
+        int text;
+    };
+
+    // Logits after every token of the slices, whose texts are fixed by their number.
+    Logits run(const std::vector<Slice>& slices) {
+        std::vector<int32_t> token, position, first_row{0}, pages, rows;
+        for (const Slice& slice : slices) {
+            for (long t = slice.first; t < slice.last; ++t) {
+                token.push_back(int32_t((t * t * 7 + t * 13 + slice.text * 31) % kVocabulary));
+                position.push_back(int32_t(t));
+                rows.push_back(int32_t(rows.size()));
+            }
+            first_row.push_back(int32_t(token.size()));
+            pages.insert(pages.end(), slice.pages.begin(), slice.pages.end());
+        }
+        Logits logits(token.size() * kVocabulary);
+        shoal::Step step;
+        step.tokens = step.outputs = long(token.size());
+        step.token = token.data();
+        step.position = position.data();
+        step.sequences = long(slices.size());
+        step.first_row = first_row.data();
+        step.pages = pages.data();
+        step.max_pages = long(slices[0].pages.size());
+        step.output_row = rows.data();
+        step.logits = logits.data();
+        engine_.run(step);
+        return logits;
+    }
+
+  private:
+    static constexpr long kHeads = 3, kNope = 10, kLatent = 22, kValue = 9;
+
+    template <class Op>
+    Op& add(bool barrier = true) {
+        auto op = std::make_unique<Op>();
+        Op& out = *op;
+        op->barrier_after = barrier;
+        engine_.add(std::move(op));
+        return out;
+    }
+
+    shoal::Input input() { return {hidden_, ones(kHidden), 1e-5f, setup_.wide}; }
+
+    float random() {
+        seed_ = seed_ * 1664525u + 1013904223u;
+        return float(seed_ >> 8) / 8388608.0f - 1.0f;
+    }
+
+    const float* ones(long count) {
+        floats_.push_back(std::make_unique<std::vector<float>>(count));
+        for (float& value : *floats_.back()) value = 1.0f + 0.1f * random();
+        return floats_.back()->data();
+    }
+
+    // `count` equal matrices after one another.
+    PackedMatrix matrix(long rows, long cols, float spread, long count = 1, Packing packing = Packing(-1)) {
+        PackedMatrix out{packing == Packing(-1) ? setup_.packing : packing, rows, cols, nullptr};
+        bytes_.push_back(std::make_unique<std::vector<uint8_t>>(out.bytes() * count));
+        std::vector<float> values(rows * cols);
+        for (long i = 0; i < count; ++i) {
+            for (float& value : values) value = spread * random();
+            const shoal::SourceRows source{shoal::Source::f32, reinterpret_cast<const uint8_t*>(values.data()),
+                                           cols * 4};
+            shoal::pack_rows(source, rows, cols, out.packing, bytes_.back()->data() + i * out.bytes(), 2);
+        }
+        out.data = bytes_.back()->data();
+        return out;
+    }
+
+    void linear(long in, const float* norm, std::vector<std::pair<PackedMatrix, long>> parts, bool add_to) {
+        auto& op = add<shoal::Linear>();
+        op.input = {in, norm, 1e-5f, setup_.wide};
+        op.add_to = add_to;
+        for (const auto& [weight, out] : parts) op.parts.push_back({weight, add_to ? ones(weight.rows) : nullptr, out});
+    }
+
+    void heads(long in, long in_step, PackedMatrix weight, long out, long out_step) {
+        auto& op = add<shoal::HeadLinear>();
+        for (long n = 0; n < kHeads; ++n, weight.data += weight.bytes()) op.weights.push_back(weight);
+        op.in = in, op.in_first = 0, op.in_step = in_step, op.wide = setup_.wide;
+        op.out = out, op.out_first = 0, op.out_step = out_step;
+    }
+
+    void mla_layer(long layer) {
+        const long rope = 6, head = kNope + rope;
+        const long query = engine_.add_buffer(kHeads * head), compressed = engine_.add_buffer(kLatent + rope);
+        const long absorbed = engine_.add_buffer(kHeads * kLatent), weighted = engine_.add_buffer(kHeads * kLatent);
+        const long values = engine_.add_buffer(kHeads * kValue);
+        linear(hidden_, ones(kHidden),
+               {{matrix(kHeads * head, kHidden, 0.3f), query}, {matrix(kLatent + rope, kHidden, 0.2f), compressed}},
+               false);
+        auto& cache = add<shoal::CacheMla>(false);
+        cache.layer = layer, cache.query = query, cache.heads = kHeads, cache.nope = kNope, cache.rope = rope;
+        cache.latent = kLatent, cache.compressed = compressed, cache.norm = ones(kLatent), cache.eps = 1e-6f;
+        cache.cosines = cosines_, cache.sines = sines_, cache.interleave = true;
+        heads(query, head, matrix(kLatent, kNope, 0.4f, kHeads), absorbed, kLatent);
+        attention(layer, absorbed, kLatent, query, kNope, head, 1, kLatent + rope, kLatent, weighted);
+        heads(weighted, kLatent, matrix(kValue, kLatent, 0.4f, kHeads), values, kValue);
+        linear(values, nullptr, {{matrix(kHidden, kHeads * kValue, 0.3f), hidden_}}, true);
+    }
+
+    void gqa_layer(long layer) {
+        const long width = 16, kv_heads = 2, heads = 4;
+        const long query = engine_.add_buffer(heads * width), attended = engine_.add_buffer(heads * width);
+        const long key = engine_.add_buffer(kv_heads * width), value = engine_.add_buffer(kv_heads * width);
+        linear(hidden_, ones(kHidden),
+               {{matrix(heads * width, kHidden, 0.3f), query},
+                {matrix(kv_heads * width, kHidden, 0.3f), key},
+                {matrix(kv_heads * width, kHidden, 0.3f), value}},
+               false);
+        auto& cache = add<shoal::CacheGqa>();
+        cache.layer = layer, cache.query = query, cache.key = key, cache.value = value;
+        cache.heads = heads, cache.kv_heads = kv_heads, cache.head_dim = width;
+        cache.query_norm = layer ? ones(width) : nullptr, cache.key_norm = layer ? ones(width) : nullptr;
+        cache.eps = 1e-6f, cache.cosines = cosines_, cache.sines = sines_, cache.interleave = false;
+        attention(layer, query, width, -1, 0, 0, kv_heads, width, width, attended);
+        linear(attended, nullptr, {{matrix(kHidden, heads * width, 0.3f), hidden_}}, true);
+    }
+
+    void attention(long layer, long query, long query_step, long rotary, long rotary_first, long rotary_step,
+                   long kv_heads, long key_width, long value_width, long out) {
+        auto& op = add<shoal::Attention>();
+        op.layer = layer, op.query = query, op.query_step = query_step;
+        op.rotary = rotary, op.rotary_first = rotary_first, op.rotary_step = rotary_step;
+        op.heads = setup_.mla ? kHeads : 4, op.kv_heads = kv_heads;
+        op.key_width = key_width, op.value_width = value_width;
+        op.shared_values = setup_.mla, op.scale = 0.3f, op.out = out;
+    }
+
+    void feed_forward(bool experts) {
+        auto& op = add<shoal::FeedForward>();
+        op.input = input();
+        op.has_dense = true;
+        op.gate = matrix(40, kHidden, 0.3f), op.up = matrix(40, kHidden, 0.3f), op.down = matrix(kHidden, 40, 0.3f);
+        if (!experts) return;
+        op.wide_experts = setup_.wide;
+        op.router = matrix(8, kHidden, 0.3f, 1, Packing::f32);
+        op.bias = ones(8);
+        op.expert_gate = matrix(24, kHidden, 0.3f, 8), op.expert_up = matrix(24, kHidden, 0.3f, 8);
+        op.expert_down = matrix(kHidden, 24, 0.3f, 8);
+        op.experts = 8, op.active = 3, op.groups = 4, op.groups_kept = 2;
+        op.sigmoid = op.top_two = op.normalise = true;
+        op.scaling = 2.5f;
+    }
+
+    Setup setup_;
+    shoal::Engine engine_;
+    long hidden_, cosines_, sines_;
+    uint32_t seed_ = 1;
+    std::vector<std::unique_ptr<std::vector<float>>> floats_;
+    std::vector<std::unique_ptr<std::vector<uint8_t>>> bytes_;
+};
+
+constexpr long kTokens = 270;  // five pages, the last of them in a second chunk of attention
+
+const std::vector<int32_t> kOwn = {4, 1, 3, 9, 7}, kOther = {0, 5, 2, 6, 8};
+
+// Logits of text 0 in one step.
+Logits whole(Model& model) { return model.run({{0, kTokens, kOwn, 0}}); }
+
+// The same in pieces of these sizes in turn, if wanted beside a second sequence that is a few tokens ahead.
+Logits pieces(Model& model, const std::vector<long>& sizes, bool company) {
+    Logits out;
+    size_t turn = 0;
+    long other = 0;
+    for (long at = 0; at < kTokens;) {
+        const long n = std::min(sizes[turn++ % sizes.size()], kTokens - at), ahead = std::min(n + 1, kTokens - other);
+        std::vector<Model::Slice> slices{{at, at + n, kOwn, 0}};
+        if (company && ahead > 0) slices.insert(slices.begin(), {other, other + ahead, kOther, 1});
+        const Logits logits = model.run(slices);
+        out.insert(out.end(), logits.end() - n * kVocabulary, logits.end());
+        at += n;
+        other += company ? ahead : 0;
+    }
+    return out;
+}
+
+bool same(const Logits& a, const Logits& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+bool alive(const Logits& logits) {
+    const bool finite = std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); });
+    return finite && *std::max_element(logits.begin(), logits.end()) > 0.5f;
+}
+
+int check(Setup setup, const char* isa) {
+    int failed = 0;
+    Logits truth;
+    for (const int threads : {1, 3}) {
+        setup.threads = threads;
+        Model model(setup);
+        const auto expect = [&](const char* what, bool ok) {
+            if (!ok)
+                std::fprintf(stderr, "%s, %s, packing %d, %d threads: %s\n", isa, setup.mla ? "MLA" : "GQA",
+                             int(setup.packing), threads, what);
+            failed += !ok;
+        };
+        const Logits all = whole(model);
+        if (threads == 1) truth = all;
+        expect("logits are not finite, or nothing happens", alive(all));
+        expect("threads change the result", same(all, truth));
+        expect("chunks change the result", same(pieces(model, {1, 1, 2, 3, 1, 50, 1, 7, 198, 1}, false), truth));
+        expect("company changes the result", same(pieces(model, {1, 4, 120, 2}, true), truth));
+    }
+    return failed;
+}
+
+}  // namespace
+
+int main() {
+    int passed = 0, failed = 0;
+    for (const shoal::Ops* ops : shoal::available_isas()) {
+        shoal::select_isa(ops->isa);
+        for (const bool mla : {false, true}) {
+            for (const Setup& setup :
+                 {Setup{mla, Packing::f32, false, false, 1}, Setup{mla, Packing::bf16, true, false, 1},
+                  Setup{mla, Packing::q8, true, true, 1}, Setup{mla, Packing::q4, true, false, 1},
+                  Setup{mla, Packing::q4m, false, true, 1}}) {
+                ++(check(setup, ops->isa) ? failed : passed);
+            }
+        }
+        std::printf("%-8s executor %s\n", ops->isa, failed ? "FAILED" : "ok");
+    }
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}

@@ -1,0 +1,73 @@
+"""What this process may use of the machine: processors and memory, containers' limits included."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """Processors that this process may run on, rounded up where a container grants a fraction; at least 1."""
+    # macOS has no affinity.
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _groups(root, "cpu"):
+        quota, period = _words(folder / "cpu.max", 2) or (None, None)
+        if quota is None:
+            quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if quota and period and quota > 0:
+            count = min(count, math.ceil(quota / period))
+    return max(1, count)
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be had without swapping, in bytes: what the system has left, and what the container has."""
+    import psutil  # type: ignore[import-untyped]
+
+    left = int(psutil.virtual_memory().available)
+    for folder in _groups(root, "memory"):
+        limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+        if limit is None:
+            limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
+        if limit is not None and used is not None:
+            left = min(left, max(0, limit - used + _file_cache(folder / "memory.stat")))
+    return left
+
+
+def _groups(root: Path, kind: str) -> Iterator[Path]:
+    """The folders of this process's control groups (version 2, or version 1 of one kind), up to the outermost."""
+    base = root / "sys/fs/cgroup"
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if kinds and kind not in kinds.split(","):
+            continue
+        top = base / kind if kinds else base
+        folder = top / path.strip("/")
+        yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
+
+
+def _file_cache(stat: Path) -> int:
+    """Bytes of files that the system keeps and drops when memory is wanted."""
+    values = dict(line.split(maxsplit=1) for line in _text(stat).splitlines() if " " in line)
+    found = values.get("total_inactive_file", values.get("inactive_file", "0"))
+    return int(found) if found.isdecimal() else 0
+
+
+def _number(path: Path) -> int | None:
+    words = _words(path, 1)
+    return words[0] if words else None
+
+
+def _words(path: Path, count: int) -> list[int] | None:
+    """The numbers in a file; None if it is missing or says `max`."""
+    words = _text(path).split()
+    return [int(word) for word in words] if len(words) == count and all(word.isdecimal() for word in words) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
