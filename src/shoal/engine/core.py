@@ -21,7 +21,7 @@ from shoal.config import ModelConfig
 from shoal.engine.machine import usable_cpus
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
-from shoal.engine.plan import PAGE_TOKENS, write_plan
+from shoal.engine.plan import PAGE_TOKENS, Moments, write_plan
 from shoal.engine.sampler import likeliest, log_total
 from shoal.engine.scheduler import Scheduler, Slice
 from shoal.engine.sequence import Produced, Sequence
@@ -69,6 +69,7 @@ class Core:
         known_ids: ids from here on are padding of the embedding table and are never chosen.
         look_ahead: guess one token ahead with the model's multi-token-prediction layer, if it has one.
         step_tokens, mixed_tokens: see `Scheduler`; they change speed, never results.
+        moments: to be filled with what every matrix meets (`plan.write_plan`), for calibration.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Core:
         look_ahead: bool = False,
         step_tokens: int = STEP_TOKENS,
         mixed_tokens: int = MIXED_TOKENS,
+        moments: Moments | None = None,
     ) -> None:
         if cache not in CACHES:
             raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
@@ -92,7 +94,9 @@ class Core:
         wide = _wide(activations, config)
         check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens, look_ahead=look_ahead)
         self.threads = threads or usable_cpus()
-        plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead)
+        plan = write_plan(
+            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead, moments=moments
+        )
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes
