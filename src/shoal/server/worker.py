@@ -154,7 +154,7 @@ class EngineWorker:
         return self._llm
 
     def submit(self, generations: Sequence[Generation]) -> Results:
-        """Queue a request; its generations run side by side. ApiError 429: the queue is full; 503: nothing is served."""
+        """Queue a request; its generations run side by side. ApiError 429: the queue is full; 503: not serving."""
         results = Results(self, generations)
         with self._changed:
             if self.state in ("stopping", "failed"):
