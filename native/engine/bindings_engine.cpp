@@ -3,6 +3,7 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include <optional>
 #include <utility>
 
+#include "engine/bandwidth.h"
 #include "engine/operations.h"
 #include "engine/pack.h"
 
@@ -110,6 +112,12 @@ void unpack(const Packed& packed, long row, nb::ndarray<float, nb::ndim<1>, nb::
     shoal::unpack_row(matrix, row % matrix.rows, out.data());
 }
 
+double read_bandwidth(int threads, size_t bytes, int passes) {
+    require(threads > 0 && bytes > 0 && passes > 0, "threads, bytes and passes must be positive");
+    nb::gil_scoped_release unlocked;
+    return shoal::read_bandwidth(threads, bytes, passes);
+}
+
 class PlanEngine {
   public:
     PlanEngine(int threads, bool wide, bool wide_experts)
@@ -154,7 +162,8 @@ class PlanEngine {
     }
 
     void linear(long in, std::optional<Floats> norm, float eps, const std::vector<Packed>& weights,
-                const std::vector<std::optional<Floats>>& biases, const std::vector<long>& outs, bool add_to) {
+                const std::vector<std::optional<Floats>>& biases, const std::vector<long>& outs, bool add_to,
+                std::optional<OutFloats> moments) {
         auto op = std::make_unique<shoal::Linear>();
         op->input = {in, hold(norm), eps, wide_};
         require(weights.size() == biases.size() && weights.size() == outs.size() && !weights.empty(),
@@ -165,6 +174,7 @@ class PlanEngine {
             op->parts.push_back({hold(weights[i]), hold(biases[i]), outs[i]});
         }
         op->add_to = add_to;
+        op->moments = hold(moments, 1, engine_.buffer_cols(in));
         put(std::move(op), true);
     }
 
@@ -211,7 +221,8 @@ class PlanEngine {
     }
 
     void feed_forward(long in, Floats norm, float eps, const std::vector<Packed>& dense, std::optional<Packed> router,
-                      std::optional<Floats> bias, const std::vector<Packed>& routed, nb::dict routing) {
+                      std::optional<Floats> bias, const std::vector<Packed>& routed, nb::dict routing,
+                      const std::vector<OutFloats>& moments) {
         auto op = std::make_unique<shoal::FeedForward>();
         op->input = {in, hold(norm), eps, wide_};
         require(dense.size() == 3 || dense.empty(), "dense holds gate, up and down");
@@ -235,13 +246,27 @@ class PlanEngine {
             op->normalise = nb::cast<bool>(routing["normalise"]);
             op->scaling = nb::cast<float>(routing["scaling"]);
         }
+        if (!moments.empty()) hold_moments(*op, moments);
+        feed_forwards_.push_back(op.get());
         put(std::move(op), true);
     }
 
-    void head(long in, Floats norm, float eps, const Packed& weight) {
+    // How many routed experts all steps so far have read, and their packed bytes; an expert counts once a step.
+    std::pair<size_t, size_t> experts_read() const {
+        size_t count = 0, bytes = 0;
+        for (const shoal::FeedForward* op : feed_forwards_) {
+            if (!op->experts) continue;
+            count += op->expert_reads;
+            bytes += op->expert_reads * (op->expert_gate.bytes() + op->expert_up.bytes() + op->expert_down.bytes());
+        }
+        return {count, bytes};
+    }
+
+    void head(long in, Floats norm, float eps, const Packed& weight, std::optional<OutFloats> moments) {
         auto op = std::make_unique<shoal::Head>();
         op->input = {in, hold(norm), eps, wide_};
         op->weight = hold(weight);
+        op->moments = hold(moments, 1, op->weight.cols);
         vocabulary_ = op->weight.rows;
         put(std::move(op), false);
     }
@@ -288,14 +313,36 @@ class PlanEngine {
         return floats.data();
     }
     const float* hold(const std::optional<Floats>& floats) { return floats ? hold(*floats) : nullptr; }
+    float* hold(const std::optional<OutFloats>& moments, long count, long cols) {
+        if (!moments) return nullptr;
+        require(long(moments->shape(0)) == count && long(moments->shape(1)) == cols + 1, "moments have another shape");
+        moments_.push_back(*moments);
+        return moments_.back().data();
+    }
+    // Of the input and the dense hidden rows, then by expert; a part that the layer lacks is left out.
+    void hold_moments(shoal::FeedForward& op, const std::vector<OutFloats>& moments) {
+        const size_t dense = op.has_dense ? 2 : 0;
+        require(moments.size() == dense + (op.experts ? 2 : 0), "moments of another layer");
+        const long cols = engine_.buffer_cols(op.input.buffer);
+        if (op.has_dense) {
+            op.moments = hold(std::optional(moments[0]), 1, cols);
+            op.hidden_moments = hold(std::optional(moments[1]), 1, op.gate.rows);
+        }
+        if (op.experts) {
+            op.expert_moments = hold(std::optional(moments[dense]), op.experts, cols);
+            op.expert_hidden_moments = hold(std::optional(moments[dense + 1]), op.experts, op.expert_gate.rows);
+        }
+    }
     void put(std::unique_ptr<shoal::Operation> op, bool barrier) {
         op->barrier_after = barrier;
         engine_.add(program_, std::move(op));
     }
 
     shoal::Engine engine_;
+    std::vector<const shoal::FeedForward*> feed_forwards_;  // the engine owns them
     std::vector<Bytes> memory_;
     std::vector<Floats> floats_;
+    std::vector<OutFloats> moments_;
     bool wide_, wide_experts_;  // 16-bit activations
     size_t program_ = 0;
     long vocabulary_ = 0;
@@ -321,10 +368,12 @@ void shoal_bind_engine(nb::module_& m) {
     m.def("packed_bytes", &packed_bytes, "packing"_a, "rows"_a, "cols"_a);
     m.def("pack", &pack, "source"_a, "data"_a.noconvert(), "rows"_a, "cols"_a, "packing"_a, "out"_a.noconvert(),
           "threads"_a = 1, "scales"_a.noconvert() = nb::none(), "minima"_a.noconvert() = nb::none(), "group"_a = 32);
+    m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, "passes"_a);
     nb::class_<PlanEngine>(m, "Engine")
         .def(nb::init<int, bool, bool>(), "threads"_a, "wide"_a = false, "wide_experts"_a = false)
         .def_prop_ro("threads", &PlanEngine::threads)
         .def_prop_ro("cache_bytes", &PlanEngine::cache_bytes)
+        .def_prop_ro("experts_read", &PlanEngine::experts_read)
         .def("buffer", &PlanEngine::buffer, "cols"_a)
         .def("cache", &PlanEngine::cache, "layers"_a, "widths"_a, "type"_a, "pages"_a)
         .def("embed", &PlanEngine::embed, "table"_a, "out"_a)
@@ -333,7 +382,7 @@ void shoal_bind_engine(nb::module_& m) {
              "state_norm"_a, "eps"_a, "out"_a)
         .def("rope_table", &PlanEngine::rope_table, "inverse_frequency"_a, "factor"_a, "cosines"_a, "sines"_a)
         .def("linear", &PlanEngine::linear, "input"_a, "norm"_a.none(), "eps"_a, "weights"_a, "biases"_a, "outs"_a,
-             "add_to"_a = false)
+             "add_to"_a = false, "moments"_a.noconvert() = nb::none())
         .def("head_linear", &PlanEngine::head_linear, "stack"_a, "input"_a, "in_first"_a, "in_step"_a, "out"_a,
              "out_first"_a, "out_step"_a)
         .def("cache_mla", &PlanEngine::cache_mla, "layer"_a, "query"_a, "heads"_a, "nope"_a, "rope"_a, "latent"_a,
@@ -344,8 +393,8 @@ void shoal_bind_engine(nb::module_& m) {
              "rotary_step"_a, "heads"_a, "kv_heads"_a, "key_width"_a, "value_width"_a, "shared_values"_a, "scale"_a,
              "out"_a)
         .def("feed_forward", &PlanEngine::feed_forward, "input"_a, "norm"_a, "eps"_a, "dense"_a, "router"_a.none(),
-             "bias"_a.none(), "routed"_a, "routing"_a)
-        .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a)
+             "bias"_a.none(), "routed"_a, "routing"_a, "moments"_a = std::vector<OutFloats>{})
+        .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a, "moments"_a.noconvert() = nb::none())
         .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
              "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert(), "program"_a = 0,
              "source"_a.noconvert() = nb::none());

@@ -165,6 +165,12 @@ void quantise_block(const Worker& worker, const WideRows& into, long at, const f
     put(into.low, left, nullptr);
 }
 
+void add_moments(const float* rows, long stride, long count, long cols, float* out) {
+    for (long t = 0; t < count; ++t)
+        for (long i = 0; i < cols; ++i) out[i] += rows[t * stride + i] * rows[t * stride + i];
+    out[cols] += float(count);
+}
+
 WideRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
                        long lanes, bool wide) {
     const WideRows out = into.reserve(tokens, cols, wide);

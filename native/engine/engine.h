@@ -174,6 +174,8 @@ Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, 
 // Quantises up to 4 rows into one interleaved block at row `at` of `into`.
 void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count,
                     long cols, long lanes);
+// Adds the squares of every column of `count` rows to out[0 .. cols), and `count` to out[cols].
+void add_moments(const float* rows, long stride, long count, long cols, float* out);
 // Quantised form of given rows in a member's own memory.
 WideRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
                        long lanes, bool wide);

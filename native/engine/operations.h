@@ -41,6 +41,7 @@ struct Linear final : Operation {
     };
     std::vector<Part> parts;
     bool add_to = false;
+    float* moments = nullptr;  // add_moments of the input rows, if wanted
     SharedInput shared;
     bool quantised() const;
     void reserve(Engine& engine, const Step& step) override;
@@ -114,6 +115,10 @@ struct FeedForward final : Operation {
     PackedMatrix expert_gate, expert_up, expert_down;  // of expert 0; the others follow at bytes() each
     long layer = 0;
     int32_t* trace_experts = nullptr;  // [T, K] of the last step
+    // add_moments of what the matrices met, if wanted: the input [1, D + 1], the always-used MLP's hidden rows
+    // [1, F + 1], and by expert those of its own tokens [E, D + 1] and [E, F + 1].
+    float *moments = nullptr, *hidden_moments = nullptr;
+    float *expert_moments = nullptr, *expert_hidden_moments = nullptr;
 
     SharedInput shared;
     Scratch logits, hidden, dense_hidden;
@@ -125,6 +130,7 @@ struct FeedForward final : Operation {
     std::vector<long> offset;     // [experts + 1] into slots
     std::vector<long> quant_row;  // [experts + 1] into padded rows
     std::vector<int32_t> used;    // experts with at least one token
+    uint64_t expert_reads = 0;    // of all steps together: an expert's weights are read once a step
     void reserve(Engine& engine, const Step& step) override;
     void run(const Worker& worker) override;
 
@@ -133,6 +139,7 @@ struct FeedForward final : Operation {
     void choose_experts(const Worker& worker);
     void group_slots(long tokens);
     WideRows run_experts(const Worker& worker, const Prepared& x);
+    void count_experts(const Prepared& x) const;
     void quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows,
                          long stride, bool by_token) const;
     WideRows quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes);
@@ -146,8 +153,7 @@ struct FeedForward final : Operation {
 struct Head final : Operation {
     Input input;
     PackedMatrix weight;
-    long selected;  // buffer of gathered rows
-    SharedInput shared;
+    float* moments = nullptr;  // add_moments of the input rows, if wanted
     void run(const Worker& worker) override;
 };
 

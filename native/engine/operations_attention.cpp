@@ -239,10 +239,14 @@ void Attention::run(const Worker& worker) {
     while (worker.next(1, chunk_start.back(), 1, first, last)) {
         const long index = std::upper_bound(chunk_start.begin(), chunk_start.end(), first) - chunk_start.begin() - 1;
         load_queries(worker, work[index], packed, last_key);
-        attend_chunk(worker, work[index], packed, last_key, first - chunk_start[index], parts + first * state);
+        float* part = parts + first * state;
+        attend_chunk(worker, work[index], packed, last_key, first - chunk_start[index], part);
+        if (chunk_start[index + 1] - chunk_start[index] == 1) finish(worker, work[index], part + 16, part + kLaneState);
     }
+    if (chunk_start.back() == blocks) return;  // every block was one chunk
     worker.barrier();
     while (worker.next(2, blocks, 1, first, last)) {
+        if (chunk_start[first + 1] - chunk_start[first] == 1) continue;
         float* merged = parts + chunk_start[first] * state;
         for (long chunk = chunk_start[first] + 1; chunk < chunk_start[first + 1]; ++chunk)
             fold(merged, parts + chunk * state, work[first].lanes, value_width);

@@ -75,6 +75,7 @@ void FeedForward::group_slots(long tokens) {
         if (count > 0) used.push_back(int32_t(e));
         offset[e + 1] += offset[e];
     }
+    expert_reads += used.size();
     slot_token.resize(tokens * active);
     slot_weight.resize(tokens * active);
     std::vector<long> at(offset.begin(), offset.end() - 1);
@@ -152,6 +153,9 @@ void FeedForward::run(const Worker& worker) {
         hidden_chunk(worker, gate, up, x, tile, std::min(tile + kHiddenTiles, gate.tiles()), dense_rows, dense_width);
     }
     worker.barrier();
+    if (worker.member == 0 && moments) add_moments(x.rows, x.stride, tokens, cols, moments);
+    if (worker.member == 0 && hidden_moments && has_dense)
+        add_moments(dense_rows, dense_width, tokens, dense_width, hidden_moments);
     WideRows routed{};
     if (experts) {
         choose_experts(worker);
@@ -216,6 +220,18 @@ void FeedForward::quantise_expert(const Worker& worker, long expert, const WideR
     }
 }
 
+// What each used expert met and made; its hidden rows must be complete.
+void FeedForward::count_experts(const Prepared& x) const {
+    const long width = expert_gate.rows;
+    const float* rows = const_cast<Scratch&>(hidden).array<float>(0);
+    for (const long e : used) {
+        for (long slot = offset[e]; slot < offset[e + 1]; ++slot)
+            add_moments(x.rows + slot_token[slot] * x.stride, x.stride, 1, x.cols, expert_moments + e * (x.cols + 1));
+        add_moments(rows + offset[e] * width, width, offset[e + 1] - offset[e], width,
+                    expert_hidden_moments + e * (width + 1));
+    }
+}
+
 // Gate and up of every used expert on its tokens; returns the hidden rows in int8 for the down projection.
 WideRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
     const long cols = x.cols, width = expert_gate.rows, tokens = worker.step.tokens, count_used = long(used.size());
@@ -250,6 +266,7 @@ WideRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
         }
     }
     worker.barrier();
+    if (expert_moments && worker.member == 0) count_experts(x);
     if (!expert_down.quantised()) return {};
     if (one) {  // a few rows: every member quantises them for itself
         const WideRows out = worker.engine.quant(worker.member, 1).reserve(quant_row[experts], width, wide_experts);

@@ -56,6 +56,7 @@ void Linear::run(const Worker& worker) {
     long tiles = 0;
     for (const Part& part : parts) tiles += part.weight.tiles();
     const Prepared x = prepare(worker, shared, input, quantised(), 0);
+    if (moments && worker.member == 0) add_moments(x.rows, x.stride, x.tokens, x.cols, moments);
     long first, last;
     while (worker.next(1, tiles, worker.grain(tiles), first, last)) {
         long base = 0;
@@ -101,6 +102,7 @@ void Head::run(const Worker& worker) {
         const float* row = x + worker.step.output_row[i] * cols;
         worker.ops.rms_norm(row, cols, input.norm, input.eps, picked + i * cols, cols, 1, cols);
     }
+    if (moments && worker.member == 0) add_moments(picked, cols, rows, cols, moments);
     Prepared prepared{picked, cols, {}, rows == 1 ? 1L : 4L, rows, cols};
     if (weight.quantised())
         prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), picked, cols, rows, cols,

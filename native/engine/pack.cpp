@@ -180,14 +180,47 @@ void pack_plain_tile(const SourceRows& source, long tile, long rows, long cols, 
     }
 }
 
+// Likewise int8 codes: a byte's low four bits are its 4-bit code already, but for the offset.
+void pack_code_tile(const SourceRows& source, long tile, long cols, Packing packing, uint8_t* out) {
+    const size_t bytes = block_bytes(packing);
+    const bool wide = packing == Packing::q8, with_minimum = packing == Packing::q4m;
+    const long groups = (cols + source.group - 1) / source.group, steps = wide ? 8 : 4,
+               codes_at = with_minimum ? 128 : 64;
+    const uint32_t flip = packing == Packing::q4 ? 0x08080808u : 0;
+    for (long group = 0; group < cols / kGroup; ++group) {
+        uint8_t* block = out + group / 2 * bytes;
+        auto* scales = reinterpret_cast<uint16_t*>(block);
+        const long half = group % 2;
+        for (long lane = 0; lane < kTileRows; ++lane) {
+            const long row = tile * kTileRows + lane, at = row * groups + group * kGroup / source.group;
+            const uint8_t* from = source.data + row * source.row_bytes + group * kGroup;
+            scales[half * 16 + lane] = float_to_half(source.scales[at]);
+            if (with_minimum) scales[32 + half * 16 + lane] = float_to_half(source.minima ? source.minima[at] : 0.0f);
+            for (long step = 0; step < steps; ++step) {
+                uint32_t word, high;
+                std::memcpy(&word, from + 4 * step, 4);
+                if (wide) {
+                    word ^= 0x80808080u;
+                } else {
+                    std::memcpy(&high, from + 16 + 4 * step, 4);
+                    word = ((word & 0x0f0f0f0fu) ^ flip) | ((high & 0x0f0f0f0fu) ^ flip) << 4;
+                }
+                std::memcpy(block + codes_at + (half * steps + step) * 64 + lane * 4, &word, 4);
+            }
+        }
+    }
+}
+
 // Whether every byte of the tile comes from the fast path: whole groups in pairs and all 16 rows.
 bool is_plain(const SourceRows& source, long tile, long rows, long cols) {
-    const bool kind = source.kind == Source::q8_0 || source.kind == Source::q4_0 || source.kind == Source::q4_1;
+    const bool kind = source.kind == Source::q8_0 || source.kind == Source::q4_0 || source.kind == Source::q4_1 ||
+                      source.kind == Source::codes;
     return kind && cols % kBlockCols == 0 && (tile + 1) * kTileRows <= rows;
 }
 
 void pack_tile(const SourceRows& source, long tile, long rows, long cols, Packing packing, uint8_t* out) {
     if (is_plain(source, tile, rows, cols)) {
+        if (source.kind == Source::codes) return pack_code_tile(source, tile, cols, packing, out);
         if (source.kind == Source::q8_0) return pack_plain_tile<Source::q8_0>(source, tile, rows, cols, packing, out);
         if (source.kind == Source::q4_0) return pack_plain_tile<Source::q4_0>(source, tile, rows, cols, packing, out);
         return pack_plain_tile<Source::q4_1>(source, tile, rows, cols, packing, out);

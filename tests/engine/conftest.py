@@ -7,7 +7,9 @@ compared with transformers itself. Nothing here needs a file.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tests.model.conftest import Case, full_case, make_hf, our_config, stack_exp
 from shoal import LLM  # noqa: E402
 from shoal.config import ModelConfig  # noqa: E402
 from shoal.formats.checkpoint import Checkpoint, LazyTensor  # noqa: E402
+from shoal.formats.layout import expected_tensors  # noqa: E402
 from shoal.formats.tokenizer import StreamDecoder  # noqa: E402
 
 VOCABULARY = 97
@@ -91,6 +94,17 @@ def tiny(case: Case, seed: int = 0) -> tuple[Any, Checkpoint]:
     return hf, in_memory(our_config(case), {name: value.numpy() for name, value in tensors.items()})
 
 
+def with_prediction_layer(checkpoint: Checkpoint, seed: int = 5) -> Checkpoint:
+    """The same model with a random multi-token-prediction layer, whose guesses are as good as chance."""
+    config = replace(checkpoint.config, num_nextn_predict_layers=1)
+    rng = np.random.default_rng(seed)
+    tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+    for name, shape in expected_tensors(config).items():
+        if name not in tensors:
+            tensors[name] = rng.standard_normal(shape, np.float32) * np.float32(1.5 / shape[-1] ** 0.5)
+    return in_memory(config, tensors)
+
+
 def _unfuse(state: dict[str, Any], case: Case) -> dict[str, Any]:
     """transformers 5 keeps experts stacked, gate and up fused; on disk, and for Shoal, they are apart."""
     out: dict[str, Any] = {}
@@ -133,6 +147,29 @@ def assert_idle(llm: LLM) -> None:
     """Nothing runs or waits, and every page is free."""
     check_books(llm)
     assert (llm.load.running, llm.load.waiting, llm.load.pages_in_use) == (0, 0, 0)
+
+
+class Gate:
+    """Stands before the native engine: counts steps, may hold them from a certain one on, or make them fail."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._engine = llm._core._engine
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+        self.open.set()
+        self.steps = 0
+        self.hold_from = 1
+        self.fails: Exception | None = None
+        self.fails_at: Callable[[tuple[Any, ...]], bool] = lambda arrays: True
+        llm._core._engine = self  # type: ignore[assignment]
+
+    def run(self, *arrays: Any) -> None:
+        self.steps += 1
+        self.entered.release()
+        assert self.steps < self.hold_from or self.open.wait(10)
+        if self.fails is not None and self.fails_at(arrays):
+            raise self.fails
+        self._engine.run(*arrays)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.conftest import LLAMA, V2, V3, check_books, open_tiny, set_steps, some_tokens, tiny
+from tests.engine.conftest import (
+    LLAMA,
+    V2,
+    V3,
+    check_books,
+    open_tiny,
+    set_steps,
+    some_tokens,
+    tiny,
+    with_prediction_layer,
+)
 
 from shoal import LLM
 from shoal.engine import SamplingParams
@@ -17,8 +27,20 @@ from shoal.formats.checkpoint import Checkpoint
 EXACT = {"weights": "f32", "cache": "f32"}
 SMALL = {"weights": "q8", "cache": "bf16", "activations": "int8"}
 WIDE = {"weights": "q4m", "cache": "bf16", "activations": "int16"}
-# One configuration for each path through the kernels: both attentions, experts, every kind of weights and cache.
-KINDS = {"v2": (V2, EXACT), "v2-q8": (V2, SMALL), "v3": (V3, EXACT), "v3-q4": (V3, WIDE), "llama-q8": (LLAMA, SMALL)}
+TINY = {"weights": "q8", "cache": "int8", "activations": "int8"}
+AHEAD = {**EXACT, "look_ahead": True}
+# One configuration for each path through the kernels: both attentions, experts, every kind of weights and cache; and
+# one that guesses with a prediction layer, alone and beside the guesses from the text.
+KINDS = {
+    "v2": (V2, EXACT),
+    "v2-q8": (V2, SMALL),
+    "v3": (V3, EXACT),
+    "v3-q4": (V3, WIDE),
+    "v3-int8": (V3, TINY),
+    "v3-ahead": (V3, AHEAD),
+    "llama-q8": (LLAMA, SMALL),
+    "llama-int8": (LLAMA, TINY),
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=30)
 SAMPLED = SamplingParams(temperature=1.2, top_p=0.95, seed=11, max_tokens=30, logprobs=3)
 
@@ -26,7 +48,8 @@ SAMPLED = SamplingParams(temperature=1.2, top_p=0.95, seed=11, max_tokens=30, lo
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> tuple[Checkpoint, dict[str, Any]]:
     case, options = KINDS[request.param]
-    return tiny(case)[1], options
+    checkpoint = tiny(case)[1]
+    return with_prediction_layer(checkpoint) if options.get("look_ahead") else checkpoint, options
 
 
 def logits_in_chunks(llm: LLM, tokens: list[int], step: int) -> np.ndarray:

@@ -174,6 +174,18 @@ def test_a_prompt_waits_until_the_cache_has_room_for_all_of_it_and_keeps_its_pla
     assert {large, small} == set(machine.step())
 
 
+def test_nobody_starts_who_would_soon_be_pushed_out_again() -> None:
+    machine = Machine(pages=10)
+    talking = [sequence(60, seed=seed, max_tokens=60) for seed in range(4)]  # a page each, and soon another
+    machine.submit(*talking)
+    machine.step()
+    late = sequence(64 * 5, max_tokens=5)
+    machine.submit(late)
+    while late.finish is None:
+        machine.step()
+    assert all(one.preempted == 0 for one in (*talking, late))
+
+
 def test_equal_prompts_are_read_once() -> None:
     machine = Machine()
     prompt = sequence(64 * 20 + 5).tokens

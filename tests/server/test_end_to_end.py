@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -113,16 +115,28 @@ def test_text_never_becomes_a_control_token(smollm: Server) -> None:
     assert len(choice["logprobs"]["tokens"]) > 1
 
 
-def test_sigterm_lets_the_running_answer_finish_and_exits_0(smollm: Server) -> None:
+def test_sigterm_lets_the_running_answers_finish_and_exits_0(smollm: Server) -> None:
     ask = {"messages": [{"role": "user", "content": "Count to fifty."}], "max_tokens": 12, "stream": True}
     ask |= {"ignore_eos": True}
-    with httpx.stream("POST", f"{smollm.url}/v1/chat/completions", json=ask, timeout=60, trust_env=False) as response:
-        lines = response.iter_lines()
-        next(lines)
+    started = threading.Semaphore(0)
+
+    def stream() -> list[str]:
+        url = f"{smollm.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=ask, timeout=60, trust_env=False) as response:
+            lines = response.iter_lines()
+            next(lines)
+            started.release()
+            return [line for line in lines if line]
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(stream) for _ in range(3)]
+        for _ in answers:
+            started.acquire()
         smollm.process.send_signal(signal.SIGTERM)
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-    assert '"finish_reason":"length"' in rest[-2]
+        for answer in answers:
+            rest = answer.result()
+            assert rest[-1] == "data: [DONE]"
+            assert '"finish_reason":"length"' in rest[-2]
     code, out, err = smollm.ended()
     assert (code, out) == (0, "")
     assert re.fullmatch(r"shoal: ready, 8192 tokens of context, .* of memory\nshoal: stopped\n", err)

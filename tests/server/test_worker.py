@@ -221,16 +221,32 @@ def test_one_failing_answer_leaves_its_neighbours_alone() -> None:
         assert llm.running == []
 
 
-def test_a_fault_of_the_engine_itself_is_told_to_all_and_survived(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_of_the_engine_itself_is_told_to_all_and_survived(caplog: pytest.LogCaptureFixture) -> None:
     llm = FakeLLM()
     llm.step_error = ZeroDivisionError("a secret of the server")
     with running(lambda: llm) as server:
         answer = server.http.post(CHAT, json=ASK)
         assert answer.status_code == 500
         assert "secret" not in answer.text
-        assert "ZeroDivisionError" in capfd.readouterr().err
         llm.step_error = None
         assert server.http.post(CHAT, json=ASK).status_code == 200
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_fault_of_the_worker_itself_ends_the_server_and_tells_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: EngineWorker) -> None:
+        raise ZeroDivisionError
+
+    told = threading.Event()
+    with running(FakeLLM, on_failure=told.set) as server:
+        monkeypatch.setattr(EngineWorker, "_step", broken)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.http.post, CHAT, json=ASK)
+            assert told.wait(5)
+            assert answer.result().status_code == 503
+        assert server.http.get("/health").json()["error"]["code"] == "model_failed"
+        assert isinstance(server.worker.error, ZeroDivisionError)
+        assert server.http.post(CHAT, json=ASK).status_code == 503
 
 
 def test_a_client_that_leaves_gives_its_place_up_in_the_middle_of_a_step(

@@ -24,6 +24,8 @@ VERBS = {
     "chat": "Talk to a model, one question or a conversation.",
     "serve": "Serve a model over HTTP with the OpenAI API.",
     "convert": "Convert a model between a Hugging Face folder and GGUF.",
+    "bench": "Measure a model: speed of prompt and decoding, time to the first token, memory.",
+    "quantize": "Shrink a model to 8 or 4 bits a weight.",
     "info": "Show this machine, or what a model is and costs.",
     "models": "List the models at hand.",
     "pull": "Fetch a model by its short name.",

@@ -7,8 +7,11 @@ step: while one computes, only its thread hands out pages or touches the sequenc
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +21,7 @@ from shoal.config import ModelConfig
 from shoal.engine.machine import usable_cpus
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
-from shoal.engine.plan import PAGE_TOKENS, write_plan
+from shoal.engine.plan import PAGE_TOKENS, Moments, write_plan
 from shoal.engine.sampler import likeliest, log_total
 from shoal.engine.scheduler import Scheduler, Slice
 from shoal.engine.sequence import Produced, Sequence
@@ -66,6 +69,7 @@ class Core:
         known_ids: ids from here on are padding of the embedding table and are never chosen.
         look_ahead: guess one token ahead with the model's multi-token-prediction layer, if it has one.
         step_tokens, mixed_tokens: see `Scheduler`; they change speed, never results.
+        moments: to be filled with what every matrix meets (`plan.write_plan`), for calibration.
     """
 
     def __init__(
@@ -82,17 +86,21 @@ class Core:
         look_ahead: bool = False,
         step_tokens: int = STEP_TOKENS,
         mixed_tokens: int = MIXED_TOKENS,
+        moments: Moments | None = None,
     ) -> None:
         if cache not in CACHES:
             raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
         config = checkpoint.config
         wide = _wide(activations, config)
-        check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens)
+        check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens, look_ahead=look_ahead)
         self.threads = threads or usable_cpus()
-        plan = write_plan(checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead)
+        plan = write_plan(
+            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead, moments=moments
+        )
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes
+        self.step_bytes = plan.step_bytes
         self.cache_bytes = plan.engine.cache_bytes
         self.vocab_size = config.vocab_size
         self.known_ids = min(known_ids or config.vocab_size, config.vocab_size)
@@ -104,6 +112,7 @@ class Core:
         )
         self._turn = threading.Condition(threading.Lock())  # guards the scheduler; notified after every step
         self._stepping = False
+        self._leaving: deque[Sequence] = deque()  # released, but not yet taken out of the scheduler
         self._logits: Floats = np.empty((0, self.vocab_size), np.float32)
 
     @property
@@ -111,8 +120,15 @@ class Core:
         return self._pool.count * PAGE_TOKENS
 
     @property
+    def experts_read(self) -> tuple[int, int]:
+        """How many routed experts all steps so far have read, over all layers, and their bytes. Every step also reads
+        `step_bytes`."""
+        count, size = self._engine.experts_read
+        return int(count), int(size)
+
+    @property
     def load(self) -> Load:
-        with self._turn:
+        with self._locked():
             running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
             in_use = self._pool.count - self._pool.available
             return Load(running=running, waiting=waiting, pages=self._pool.count, pages_in_use=in_use)
@@ -122,33 +138,52 @@ class Core:
         if len(sequence.tokens) + sequence.max_tokens > self.cache_tokens:
             problem = f"{len(sequence.tokens)} tokens and {sequence.max_tokens} new ones exceed {self.cache_tokens}"
             raise RequestError("prompt", problem, code="context_length_exceeded")
-        with self._turn:
+        with self._locked():
             sequence.submitted_at = time.perf_counter()
             if not sequence.cancelled:
                 self._scheduler.submit(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """The caller is done with it, finished or not. Its pages are free at once, even in the middle of a step: the
-        step may still write to them, but only its end lets others have them."""
-        with self._turn:
-            sequence.cancelled = True
-            self._scheduler.remove(sequence)
-            self._turn.notify_all()
+        step may still write to them, but only its end lets others have them.
+
+        Never waits: the collector of garbage may close a stream, and so call this, at any point of any thread, even
+        where that thread holds the lock. Whoever holds it then does the work on its way out."""
+        sequence.cancelled = True
+        self._leaving.append(sequence)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        while self._leaving and self._turn.acquire(blocking=False):
+            try:
+                while self._leaving:
+                    self._scheduler.remove(self._leaving.popleft())
+                self._turn.notify_all()
+            finally:
+                self._turn.release()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._turn:
+                yield
+        finally:
+            self._sweep()
 
     def advance(self, sequence: Sequence) -> None:
         """Return once the sequence has a new output, is finished or was released."""
         while True:
-            with self._turn:
+            with self._locked():
                 self._turn.wait_for(lambda: sequence.ready or not self._stepping)
                 if sequence.ready:
                     return
                 self._stepping = True
             worked = self._step()
-            assert worked, "a sequence waits that was never submitted"
+            assert worked or sequence.ready, "a sequence waits that was never submitted"
 
     def step(self) -> bool:
         """Run one step, or wait for the one that another thread runs. False if there is nothing to do."""
-        with self._turn:
+        with self._locked():
             if self._stepping:
                 self._turn.wait_for(lambda: not self._stepping)
                 return True
@@ -159,14 +194,14 @@ class Core:
         """By the one thread that has set `_stepping`."""
         done: list[tuple[Slice, int]] = []
         try:
-            with self._turn:
+            with self._locked():
                 batch = self._plan(self._scheduler.next_step())
             if batch is None:
                 return False
             self._compute(batch, done)
             return True
         finally:
-            with self._turn:
+            with self._locked():
                 for piece, kept in done:
                     self._settle(piece, kept)
                 self._stepping = False
@@ -219,7 +254,11 @@ class Core:
                 piece.sequence.fail(error)
             done.append((piece, kept))
         if self.looks_ahead:
-            self._look_ahead(batch, [kept for _, kept in done])
+            try:
+                self._look_ahead(batch, [kept for _, kept in done])
+            except Exception as error:
+                for piece in batch.slices:
+                    piece.sequence.fail(error)
 
     def _look_ahead(self, batch: _Batch, kept: list[int]) -> None:
         """Run the prediction layer over the step's rows that stay, each beside the token that really followed it, and

@@ -43,7 +43,7 @@ def _groups(root: Path, kind: str) -> Iterator[Path]:
         kinds, _, path = rest.partition(":")
         if kinds and kind not in kinds.split(","):
             continue
-        top = base / kind if kinds else base
+        top = base / kinds if kinds else base
         folder = top / path.strip("/")
         yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
 

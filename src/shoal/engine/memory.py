@@ -8,22 +8,25 @@ from dataclasses import replace
 from shoal.config import MLAConfig, ModelConfig
 from shoal.engine.machine import available_bytes
 from shoal.engine.packing import PACKINGS, packing_for
-from shoal.engine.plan import PAGE_TOKENS
+from shoal.engine.plan import PAGE_TOKENS, cache_widths
 from shoal.errors import ConfigError
-from shoal.formats.checkpoint import Checkpoint
+from shoal.formats.checkpoint import Checkpoint, LazyTensor
 from shoal.formats.layout import expected_tensors
 from shoal.kernels import native
 
 GB = 1e9
-CACHE_BYTES = {"f32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64}  # a value; int8 has a scale for every 64
 
 
-def check_memory(checkpoint: Checkpoint, *, weights: str, cache: str, cache_tokens: int) -> None:
+def check_memory(
+    checkpoint: Checkpoint, *, weights: str, cache: str, cache_tokens: int, look_ahead: bool = False
+) -> None:
     """Raise ConfigError, with the numbers, if weights and cache cannot fit into the memory that is left.
 
     The cache counts in full although the system provides it page by page: a request must not end the process."""
-    matrices = weight_bytes(checkpoint, weights)
-    pages = cache_bytes(checkpoint.config, cache, cache_tokens)
+    looks_ahead = look_ahead and checkpoint.config.num_nextn_predict_layers > 0
+    config = replace(checkpoint.config, num_nextn_predict_layers=int(looks_ahead))
+    matrices = weight_bytes(checkpoint, config, weights)
+    pages = cache_bytes(config, cache, cache_tokens)
     left = available_bytes()
     if matrices + pages <= left:
         return
@@ -40,37 +43,46 @@ def check_memory(checkpoint: Checkpoint, *, weights: str, cache: str, cache_toke
     )
 
 
-def weight_bytes(checkpoint: Checkpoint, scheme: str) -> int:
-    """Bytes of the main model's weights once packed under a scheme (`engine.packing`)."""
-    main = replace(checkpoint.config, num_nextn_predict_layers=0)
+def weight_bytes(checkpoint: Checkpoint, config: ModelConfig, scheme: str) -> int:
+    """Bytes of the weights that `config` asks for, once packed under a scheme (`engine.packing`)."""
     total = 0
-    for name, shape in expected_tensors(main).items():
+    for name, shape in expected_tensors(config).items():
         tensor = checkpoint.tensors.get(name)
         if tensor is None:  # reported when the plan is written
             continue
-        packing = "f32" if name.endswith(".mlp.gate.weight") else packing_for(tensor, scheme)
-        total += (
-            4 * math.prod(shape)
-            if len(shape) == 1
-            else sum(
-                count * native.packed_bytes(PACKINGS[packing], rows, cols)
-                for count, rows, cols in _stack(main, name, shape)
-            )
-        )
+        if len(shape) == 1:
+            total += 4 * shape[0]
+        elif name.endswith(".mlp.gate.weight"):
+            total += native.packed_bytes(PACKINGS["f32"], *shape)
+        else:
+            total += sum(_packed(part, part_shape, scheme) for part, part_shape in _parts(config, tensor, shape))
     return total
 
 
-def _stack(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """What a weight is packed as: (count, rows, columns)."""
-    mla = config.attention
-    if isinstance(mla, MLAConfig) and name.endswith(".kv_b_proj.weight"):
-        heads, latent = mla.num_attention_heads, mla.kv_lora_rank
-        return [(heads, latent, mla.qk_nope_head_dim), (heads, mla.v_head_dim, latent)]
+def _packed(tensor: LazyTensor, shape: tuple[int, ...], scheme: str) -> int:
     *stack, rows, cols = shape
-    return [(math.prod(stack), rows, cols)]
+    each: int = native.packed_bytes(PACKINGS[packing_for(tensor, scheme)], rows, cols)
+    return math.prod(stack) * each
+
+
+def _parts(config: ModelConfig, tensor: LazyTensor, shape: tuple[int, ...]) -> list[tuple[LazyTensor, tuple[int, ...]]]:
+    """What a weight is packed as: itself, or the two halves of absorbed attention."""
+    mla = config.attention
+    if not isinstance(mla, MLAConfig) or not tensor.name.endswith(".kv_b_proj.weight"):
+        return [(tensor, shape)]
+    heads, latent = mla.num_attention_heads, mla.kv_lora_rank
+    shapes = ((heads, latent, mla.qk_nope_head_dim), (heads, mla.v_head_dim, latent))
+    return list(zip(tensor.split or (tensor, tensor), shapes, strict=True))
 
 
 def cache_bytes(config: ModelConfig, cache: str, cache_tokens: int) -> int:
-    pages = -(-cache_tokens // PAGE_TOKENS)
-    values = config.num_hidden_layers * config.attention.cache_width * PAGE_TOKENS
-    return int(pages * values * CACHE_BYTES[cache])
+    """Bytes of the cache; a prediction layer that `config` names caches too."""
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    page = PAGE_TOKENS * sum(_row_bytes(cache, width) for width in cache_widths(config))
+    return -(-cache_tokens // PAGE_TOKENS) * layers * (-(-page // 64) * 64)
+
+
+def _row_bytes(cache: str, width: int) -> int:
+    if cache == "int8":  # and a float32 scale for every 64 values
+        return -(-width // 4) * 4 + 4 * -(-width // 64)
+    return width * (2 if cache == "bf16" else 4)

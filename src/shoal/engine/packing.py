@@ -16,7 +16,12 @@ from shoal.kernels import native
 PACKINGS = {"f32": 0, "bf16": 1, "q8": 2, "q4": 3, "q4m": 4}
 # What a file's own storage becomes when nothing else is asked for: the same codes where a packing holds them.
 OWN_PACKING = {"Q8_0": "q8", "Q4_0": "q4", "Q4_1": "q4m", "Q4_K": "q4m", "BF16": "bf16", "F32": "f32", "F16": "f32"}
+# Likewise for whole numbers of 1 to 8 bits with scales; U has minima.
+CODE_PACKING = {f"I{bits}": "q4" if bits <= 4 else "q8" for bits in range(1, 9)}
+CODE_PACKING |= {f"U{bits}": "q4m" if bits <= 4 else "q8" for bits in range(1, 9)}
 _SOURCES = {"F32": 0, "BF16": 1, "F16": 2, "Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6}
+_CODES = 7
+_GROUP = 32
 
 
 def aligned_bytes(size: int) -> NDArray[np.uint8]:
@@ -32,10 +37,14 @@ def aligned_bytes(size: int) -> NDArray[np.uint8]:
 def packing_for(tensor: LazyTensor, scheme: str) -> str:
     """The packing of a weight matrix under a scheme: `auto` keeps what the file holds, others name a packing."""
     if scheme == "auto":
-        return OWN_PACKING.get(tensor.dtype, "q8")
+        return _own_packing(tensor.dtype)
     if scheme not in PACKINGS:
         raise ConfigError("weights", f"{scheme!r} is not one of auto, {', '.join(PACKINGS)}")
     return scheme
+
+
+def _own_packing(dtype: str) -> str:
+    return OWN_PACKING.get(dtype) or CODE_PACKING.get(dtype.partition("_")[0], "q8")
 
 
 def pack_tensor(tensor: LazyTensor, packing: str, threads: int = 1) -> native.Packed:
@@ -45,6 +54,13 @@ def pack_tensor(tensor: LazyTensor, packing: str, threads: int = 1) -> native.Pa
     count = int(np.prod(stack)) if stack else 1
     size = native.packed_bytes(PACKINGS[packing], rows, cols)
     memory = aligned_bytes(size * count)
+    if tensor.codes is not None and _own_packing(tensor.dtype) == packing:
+        for index, (codes, scales, minima) in enumerate(tensor.codes()):
+            out = memory[index * size : (index + 1) * size]
+            group = -(-cols // scales.shape[1] // _GROUP) * _GROUP
+            data = np.ascontiguousarray(codes).view(np.uint8)
+            native.pack(_CODES, data, rows, cols, PACKINGS[packing], out, threads, scales, minima, group)
+        return native.Packed(PACKINGS[packing], rows, cols, memory, count)
     for index, (source, data) in enumerate(_matrices(tensor, packing, count, rows)):
         out = memory[index * size : (index + 1) * size]
         native.pack(_SOURCES[source], data, rows, cols, PACKINGS[packing], out, threads)

@@ -21,6 +21,7 @@ from shoal.formats.checkpoint import Checkpoint, LazyTensor
 from shoal.formats.layout import EXPERT_PARTS
 from shoal.kernels import native
 
+Moments = dict[str, NDArray[np.float32]]
 PAGE_TOKENS = 64
 LATENT_NORM_EPS = 1e-6  # the published networks use it for q_a and kv_a norms whatever rms_norm_eps says
 
@@ -31,10 +32,11 @@ class Plan:
 
     engine: native.Engine
     config: ModelConfig
-    cache_widths: list[int]  # of the rows that a token caches in a layer: the latent, or every head's key and value
+    cache_widths: list[int]
     cache_layers: int  # layers that cache: the main ones and, if it guesses ahead, one more
     looks_ahead: bool  # program 1 is the first multi-token-prediction layer
     weight_bytes: int = 0
+    step_bytes: int = 0  # what every step of the main network reads: all but routed experts and the embedding's rows
 
 
 @dataclass(kw_only=True)
@@ -43,8 +45,19 @@ class _Writer:
     engine: native.Engine
     scheme: str
     threads: int
+    moments: Moments | None = None
     weight_bytes: int = 0
+    expert_bytes: int = 0  # of them, routed experts, which a step reads only in part
     buffers: dict[str, int] = field(default_factory=dict)
+
+    def watch(self, names: list[str], count: int = 1) -> NDArray[np.float32] | None:
+        """Where the engine is to add up what these matrices (or stacks of `count`) meet, if anybody asked for it."""
+        if self.moments is None:
+            return None
+        cols = self.checkpoint.tensors[names[0]].shape[-1]
+        array = np.zeros((count, cols + 1), np.float32)
+        self.moments.update(dict.fromkeys(names, array))
+        return array
 
     @property
     def config(self) -> ModelConfig:
@@ -63,6 +76,8 @@ class _Writer:
     def packed(self, tensor: LazyTensor) -> native.Packed:
         packed = pack_tensor(tensor, packing_for(tensor, self.scheme), self.threads)
         self.weight_bytes += packed.nbytes
+        if ".mlp.experts." in tensor.name:
+            self.expert_bytes += packed.nbytes
         return packed
 
     def array(self, name: str) -> NDArray[np.float32]:
@@ -73,7 +88,13 @@ class _Writer:
 
 
 def write_plan(
-    checkpoint: Checkpoint, *, threads: int, scheme: str = "auto", wide: bool = False, look_ahead: bool = False
+    checkpoint: Checkpoint,
+    *,
+    threads: int,
+    scheme: str = "auto",
+    wide: bool = False,
+    look_ahead: bool = False,
+    moments: Moments | None = None,
 ) -> Plan:
     """Pack the weights and write the operations of one forward pass.
 
@@ -81,6 +102,8 @@ def write_plan(
         scheme: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack every large matrix.
         wide: activations of 16 bits, not 8, where they meet quantised weights.
         look_ahead: also write the first multi-token-prediction layer, if the model has one, as program 1.
+        moments: a dictionary to fill: by name of a matrix [rows, cols] or stack [count, rows, cols], an array
+            [count, cols + 1] to which every step adds the squares of each input column and, last, the number of inputs.
     """
     checkpoint.check_complete()
     config = checkpoint.config
@@ -88,7 +111,8 @@ def write_plan(
         raise ConfigError(
             "mlp_bias", "is true, which the engine does not support: its feed-forward layers add no biases"
         )
-    out = _Writer(checkpoint=checkpoint, engine=native.Engine(threads, wide, wide), scheme=scheme, threads=threads)
+    engine = native.Engine(threads, wide, wide)
+    out = _Writer(checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments)
     hidden = out.buffer("hidden", config.hidden_size)
     table = out.matrix("model.embed_tokens.weight")
     head = table if config.tie_word_embeddings else out.matrix("lm_head.weight")
@@ -97,21 +121,25 @@ def write_plan(
     _write_rope_table(out)
     for layer in range(config.num_hidden_layers):
         _write_layer(out, layer, moe=config.is_moe_layer(layer))
-    out.engine.head(hidden, final_norm, config.rms_norm_eps, head)
+    head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    out.engine.head(hidden, final_norm, config.rms_norm_eps, head, out.watch([head_name]))
+    step_bytes = out.weight_bytes - out.expert_bytes - (0 if head is table else table.nbytes)
     looks_ahead = look_ahead and config.num_nextn_predict_layers > 0
     if looks_ahead:
         _write_look_ahead(out, table, head, final_norm)
     return Plan(
         engine=out.engine,
         config=config,
-        cache_widths=_cache_widths(config),
+        cache_widths=cache_widths(config),
         cache_layers=config.num_hidden_layers + looks_ahead,
         looks_ahead=looks_ahead,
         weight_bytes=out.weight_bytes,
+        step_bytes=step_bytes,
     )
 
 
-def _cache_widths(config: ModelConfig) -> list[int]:
+def cache_widths(config: ModelConfig) -> list[int]:
+    """Widths of the rows that a token caches in a layer: the latent, or every head's key and value."""
     attention = config.attention
     if isinstance(attention, MLAConfig):
         return [attention.cache_width]
@@ -165,14 +193,18 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
     down, down_bias = out.matrix(f"{prefix}kv_a_proj_with_mqa.weight"), out.vector(f"{prefix}kv_a_proj_with_mqa.bias")
     if mla.q_lora_rank is None:
         weights = [out.matrix(f"{prefix}q_proj.weight"), down]
-        out.engine.linear(hidden, norm, config.rms_norm_eps, weights, [None, down_bias], [query, compressed])
+        moments = out.watch([f"{prefix}q_proj.weight", f"{prefix}kv_a_proj_with_mqa.weight"])
+        outs = [query, compressed]
+        out.engine.linear(hidden, norm, config.rms_norm_eps, weights, [None, down_bias], outs, False, moments)
     else:
         low = out.buffer("query_low", mla.q_lora_rank)
         weights = [out.matrix(f"{prefix}q_a_proj.weight"), down]
         biases = [out.vector(f"{prefix}q_a_proj.bias"), down_bias]
-        out.engine.linear(hidden, norm, config.rms_norm_eps, weights, biases, [low, compressed])
-        low_norm = out.array(f"{prefix}q_a_layernorm.weight")
-        out.engine.linear(low, low_norm, LATENT_NORM_EPS, [out.matrix(f"{prefix}q_b_proj.weight")], [None], [query])
+        moments = out.watch([f"{prefix}q_a_proj.weight", f"{prefix}kv_a_proj_with_mqa.weight"])
+        out.engine.linear(hidden, norm, config.rms_norm_eps, weights, biases, [low, compressed], False, moments)
+        low_norm, up = out.array(f"{prefix}q_a_layernorm.weight"), out.matrix(f"{prefix}q_b_proj.weight")
+        moments = out.watch([f"{prefix}q_b_proj.weight"])
+        out.engine.linear(low, low_norm, LATENT_NORM_EPS, [up], [None], [query], False, moments)
     out.engine.cache_mla(
         layer, query, heads, nope, rope, latent, compressed, out.array(f"{prefix}kv_a_layernorm.weight"),
         LATENT_NORM_EPS, out.buffers["cosines"], out.buffers["sines"], config.rope.interleave,
@@ -197,6 +229,8 @@ def _absorbed(out: _Writer, mla: MLAConfig, name: str) -> tuple[native.Packed, n
     per_head = mla.qk_nope_head_dim + mla.v_head_dim
     both = out.array(name).reshape(mla.num_attention_heads, per_head, mla.kv_lora_rank)
     packing = packing_for(tensor, out.scheme)
+    if out.scheme == "auto" and packing in ("q4", "q4m"):
+        packing = "q8"  # the keys are turned round and so quantised anew, which 4 bits would not bear
     keys = pack_array(both[:, : mla.qk_nope_head_dim].transpose(0, 2, 1), packing, out.threads)
     values = pack_array(both[:, mla.qk_nope_head_dim :], packing, out.threads)
     out.weight_bytes += keys.nbytes + values.nbytes
@@ -208,11 +242,11 @@ def _write_gqa(out: _Writer, gqa: GQAConfig, layer: int) -> None:
     heads, kv_heads, width = gqa.num_attention_heads, gqa.num_key_value_heads, gqa.head_dim
     query, attended = out.buffer("query", heads * width), out.buffer("values", heads * width)
     key, value = out.buffer("key", kv_heads * width), out.buffer("value", kv_heads * width)
-    names = ("q_proj", "k_proj", "v_proj")
+    names = [f"{prefix}{name}" for name in ("q_proj", "k_proj", "v_proj")]
     out.engine.linear(
         out.buffers["hidden"], out.array(f"model.layers.{layer}.input_layernorm.weight"), config.rms_norm_eps,
-        [out.matrix(f"{prefix}{name}.weight") for name in names],
-        [out.vector(f"{prefix}{name}.bias") for name in names], [query, key, value],
+        [out.matrix(f"{name}.weight") for name in names], [out.vector(f"{name}.bias") for name in names],
+        [query, key, value], False, out.watch([f"{name}.weight" for name in names]),
     )  # fmt: skip
     out.engine.cache_gqa(
         layer, query, key, value, heads, kv_heads, width,
@@ -239,7 +273,8 @@ def _write_gqa(out: _Writer, gqa: GQAConfig, layer: int) -> None:
 
 def _write_output(out: _Writer, attended: int, prefix: str) -> None:
     weight, bias = out.matrix(f"{prefix}o_proj.weight"), out.vector(f"{prefix}o_proj.bias")
-    out.engine.linear(attended, None, 0.0, [weight], [bias], [out.buffers["hidden"]], True)
+    moments = out.watch([f"{prefix}o_proj.weight"])
+    out.engine.linear(attended, None, 0.0, [weight], [bias], [out.buffers["hidden"]], True, moments)
 
 
 def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
@@ -248,7 +283,9 @@ def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
     hidden = out.buffers["hidden"]
     if not moe:
         dense = [out.matrix(f"{prefix}{part}.weight") for part in EXPERT_PARTS]
-        out.engine.feed_forward(hidden, norm, config.rms_norm_eps, dense, None, None, [], {})
+        out.engine.feed_forward(
+            hidden, norm, config.rms_norm_eps, dense, None, None, [], {}, _watch_mlp(out, prefix)
+        )  # fmt: skip
         return
     experts = config.moe
     assert experts is not None
@@ -258,6 +295,7 @@ def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
         else []
     )
     router = pack_array(out.array(f"{prefix}gate.weight"), "f32")
+    out.weight_bytes += router.nbytes
     routing = {
         "num_experts_per_tok": experts.num_experts_per_tok,
         "n_group": 1 if experts.topk_method == "greedy" else experts.n_group,
@@ -270,4 +308,11 @@ def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
     out.engine.feed_forward(
         hidden, norm, config.rms_norm_eps, shared, router, out.vector(f"{prefix}gate.e_score_correction_bias"),
         [out.matrix(f"{prefix}experts.{part}.weight") for part in EXPERT_PARTS], routing,
+        [*(_watch_mlp(out, f"{prefix}shared_experts.") if shared else []),
+         *_watch_mlp(out, f"{prefix}experts.", experts.n_routed_experts)],
     )  # fmt: skip
+
+
+def _watch_mlp(out: _Writer, prefix: str, count: int = 1) -> list[NDArray[np.float32]]:
+    gate_and_up, down = [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"], [f"{prefix}down_proj.weight"]
+    return [array for names in (gate_and_up, down) if (array := out.watch(names, count)) is not None]

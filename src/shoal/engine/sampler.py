@@ -92,6 +92,7 @@ def cut(logits_V: Floats, params: SamplingParams) -> tuple[NDArray[np.int64], ND
     Likeliest first where a cut needs the order, by id otherwise; the same logits always give the same arrays."""
     if 0 < params.top_k < logits_V.size:
         ids = _best(logits_V, params.top_k)
+        ids = ids[logits_V[ids] > -np.inf]
     else:
         ids = np.flatnonzero(logits_V > -np.inf)
     wide = logits_V[ids].astype(np.float64)

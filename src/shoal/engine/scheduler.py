@@ -162,8 +162,7 @@ class Scheduler:
         keys = (sequence.page_key(index) for index in range(count))
         known = len(self.pool.find(keys))
         return known < count and any(
-            other.published <= known < len(other.tokens) // PAGE_TOKENS
-            and other.page_key(known) == sequence.page_key(known)
+            known < len(other.tokens) // PAGE_TOKENS and other.page_key(known) == sequence.page_key(known)
             for other in prefilling
         )
 

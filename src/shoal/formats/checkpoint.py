@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shoal.formats.tokenizer import Tokenizer
 
 Array = NDArray[np.generic]
+CodeTriple = tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class LazyTensor:
             tensor. A stack of experts yields one expert at a time, so a conversion never holds the whole stack.
         raw_blocks: for block-quantised storage, the stored bytes as uint8 [rows, bytes of a row] in logical row order
             (all leading axes flattened into rows); None for other storage.
+        codes: for whole numbers with scales, matrix by matrix of a stack: codes int8 [rows, cols], scales float32
+            [rows, groups] and minima of the same shape or None; weight = scale · code + minimum. A group is a multiple
+            of 32 columns, or all of them. None for other storage.
         split: for an MLA `kv_b_proj` that the file holds as the two halves of absorbed attention, those halves as
             stored: W_k^b transposed [N, C, H] and W_v^b [N, V, C].
         release: lets the operating system drop the file's pages that were read for it; they can be read again.
@@ -46,6 +50,7 @@ class LazyTensor:
     source: Path
     make_chunks: Callable[[], Iterator[Array]] = field(repr=False)
     raw_blocks: Callable[[], NDArray[np.uint8]] | None = field(default=None, repr=False)
+    codes: Callable[[], Iterator[CodeTriple]] | None = field(default=None, repr=False)
     split: tuple[LazyTensor, LazyTensor] | None = field(default=None, repr=False)
     release: Callable[[], None] = field(default=lambda: None, repr=False)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from shoal.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, RopeScaling
 from shoal.errors import ConfigError, FileError
+from shoal.formats import compressed_tensors
+from shoal.formats.compressed_tensors import Compression
 from shoal.formats.fp8 import BLOCK
 
 MAX_JSON_BYTES = 100_000_000
@@ -61,6 +63,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # transformers' attribute_map: other names that a file may use for a published field.
 ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_experts": "n_routed_experts"}
 ALIASES["num_local_experts"] = "n_routed_experts"
+ALIASES["compression_config"] = "quantization_config"
 
 
 def _names(text: str) -> frozenset[str]:
@@ -111,10 +114,11 @@ ROPE_INERT: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class HfConfig:
-    """What `config.json` says: the model, and how FP8 weights are scaled if it has any."""
+    """What `config.json` says: the model, and how its weights are quantised if they are."""
 
     model: ModelConfig
     fp8_block: tuple[int, int] | None = None
+    compression: Compression | None = None
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -168,7 +172,10 @@ def parse_config(raw: Mapping[str, Any]) -> HfConfig:
     _warn_unknown(fields)
     reader = _Fields(family, fields)
     model = _model(family, reader)
-    return HfConfig(model=model, fp8_block=_fp8_block(fields.get("quantization_config")))
+    quantization = fields.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == compressed_tensors.METHOD:
+        return HfConfig(model=model, compression=compressed_tensors.parse_compression(quantization))
+    return HfConfig(model=model, fp8_block=_fp8_block(quantization))
 
 
 class _Fields:
@@ -343,7 +350,7 @@ def _rope_scaling(where: str, rope: Mapping[str, Any], fields: _Fields) -> RopeS
 
 
 def _fp8_block(quantization: Any) -> tuple[int, int] | None:
-    """`weight_block_size` of the one quantisation that is read, DeepSeek's block-scaled FP8."""
+    """`weight_block_size` of DeepSeek's block-scaled FP8."""
     name = "quantization_config"
     if quantization is None:
         return None
@@ -351,7 +358,8 @@ def _fp8_block(quantization: Any) -> tuple[int, int] | None:
         raise ConfigError(name, f"must be an object, got {quantization!r}")
     for key, allowed in (("quant_method", ("fp8",)), ("fmt", ("e4m3", None)), ("activation_scheme", ("dynamic", None))):
         if quantization.get(key) not in allowed:
-            raise ConfigError(f"{name}.{key}", f"{quantization.get(key)!r} is not supported; only {allowed[0]!r} is")
+            known = f"{allowed[0]!r}" + (f" and {compressed_tensors.METHOD!r} are" if key == "quant_method" else " is")
+            raise ConfigError(f"{name}.{key}", f"{quantization.get(key)!r} is not supported; only {known}")
     block = quantization.get("weight_block_size") or list(BLOCK)
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block):
         raise ConfigError(f"{name}.weight_block_size", f"must be two whole numbers, got {block!r}")

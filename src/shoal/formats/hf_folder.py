@@ -2,7 +2,7 @@
 
 On disk the experts of a layer are separate tensors (`mlp.experts.7.gate_proj.weight`); here they are one stack, read an
 expert at a time. Fused stacks as transformers keeps them in memory (`mlp.experts.gate_up_proj` [E, 2F, D], gate rows
-first, and `mlp.experts.down_proj` [E, D, F]) are read too.
+first, and `mlp.experts.down_proj` [E, D, F]) are read too. Weights may be DeepSeek's FP8 or compressed-tensors.
 
 Shape letters: D hidden_size, E experts, F expert width.
 """
@@ -23,7 +23,8 @@ from shoal.config import ModelConfig
 from shoal.errors import ConfigError, FileError
 from shoal.formats import fp8
 from shoal.formats.check import BadTensor, check_tensors
-from shoal.formats.checkpoint import Array, Checkpoint, GenerationDefaults, LazyTensor
+from shoal.formats.checkpoint import Array, Checkpoint, CodeTriple, GenerationDefaults, LazyTensor
+from shoal.formats.compressed_tensors import ACTIVATION_PARTS, FIELD, StoredMatrix
 from shoal.formats.hf_config import HfConfig, read_config, read_json, token_ids
 from shoal.formats.hf_save import save_folder
 from shoal.formats.hf_shards import inside, open_shards
@@ -41,7 +42,7 @@ FLOATS = ("F32", "F16", "BF16")
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|self_attn\.masked_bias)$")
 _EXPERTS = re.compile(r"(?P<prefix>.*\.mlp\.experts\.)(?P<part>gate_proj|up_proj|down_proj)\.weight$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)$")
-_MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+_MTP_COPIES = re.compile(r"(embed_tokens|shared_head\.head)\.weight(_packed|_scale|_shape|_zero_point)?$")
 
 
 def open_folder(path: str | Path) -> Checkpoint:
@@ -141,31 +142,83 @@ class _Reader:
         self.folder = folder
         self.config = found.model
         self.block = found.fp8_block
+        self.compression = found.compression
         self.shards = shards
         self.used: set[str] = set()
 
     def tensors(self) -> dict[str, LazyTensor]:
         out: dict[str, LazyTensor] = {}
-        for name in expected_tensors(self.config):
+        for name, shape in expected_tensors(self.config).items():
             experts = _EXPERTS.fullmatch(name)
-            tensor = self._plain(name) if name in self.shards else self._stack(name, experts) if experts else None
+            if experts is not None and name not in self.shards:
+                tensor = self._stack(name, experts, shape[1:])
+            else:
+                tensor = self._plain(name, shape)
             if tensor is not None:
                 out[name] = tensor
         return out
 
-    def _plain(self, name: str) -> LazyTensor:
+    def _plain(self, name: str, shape: tuple[int, ...]) -> LazyTensor | None:
+        matrix = self._quantised(name, shape)
+        if matrix is not None:
+            return self._from_matrices(name, shape, [matrix])
+        if name not in self.shards:
+            return None
         file = self.shards[name]
         entry = file.entries[name]
         return LazyTensor(
             name=name, shape=entry.shape, dtype=entry.dtype, source=file.path, make_chunks=self._chunks(name)
         )
 
-    def _stack(self, name: str, experts: re.Match[str]) -> LazyTensor | None:
+    def _quantised(self, name: str, shape: tuple[int, ...]) -> StoredMatrix | None:
+        """The matrix if it is stored as compressed-tensors says."""
+        packed = f"{name}_packed"
+        if packed not in self.shards and not (
+            self.compression and name in self.shards and self.shards[name].entries[name].dtype in ("I8", "F8_E4M3")
+        ):
+            return None
+        stored = packed if packed in self.shards else name
+        file = self.shards[stored]
+        module = name.removesuffix(".weight")
+        scheme = self.compression.scheme(module) if self.compression else None
+        if scheme is None:
+            raise FileError(file.path, f"is quantised, but no target of {FIELD} in config.json covers it", item=stored)
+        if len(shape) != 2:
+            raise FileError(file.path, "is quantised, but no matrix", item=stored)
+        matrix = StoredMatrix(self.shards, name, (shape[0], shape[1]), scheme)
+        self.used |= matrix.names
+        return matrix
+
+    def _from_matrices(self, name: str, shape: tuple[int, ...], matrices: list[StoredMatrix]) -> LazyTensor:
+        """One matrix, or a stack of them."""
+        schemes = {matrix.scheme for matrix in matrices}
+
+        def chunks() -> Iterator[Array]:
+            if len(shape) == 2:
+                yield from matrices[0].chunks()
+            else:
+                for matrix in matrices:
+                    yield np.concatenate(list(matrix.chunks()))[None]
+
+        def codes() -> Iterator[CodeTriple]:
+            return (matrix.codes() for matrix in matrices)
+
+        return LazyTensor(
+            name=name, shape=shape, dtype=matrices[0].scheme.dtype, source=matrices[0].source, make_chunks=chunks,
+            codes=codes if len(schemes) == 1 and matrices[0].has_codes else None,
+        )  # fmt: skip
+
+    def _stack(self, name: str, experts: re.Match[str], shape: tuple[int, ...]) -> LazyTensor | None:
         assert self.config.moe is not None
         prefix, part = experts["prefix"], experts["part"]
-        if f"{prefix}0.{part}.weight" not in self.shards:
-            return self._fused(name, prefix, part)
         names = [f"{prefix}{index}.{part}.weight" for index in range(self.config.moe.n_routed_experts)]
+        matrices = [matrix for one in names if (matrix := self._quantised(one, shape)) is not None]
+        if len(matrices) == len(names):
+            return self._from_matrices(name, (len(names), *shape), matrices)
+        if matrices:
+            raise FileError(self.folder, "has experts that are quantised and others that are not", item=name)
+        if names[0] not in self.shards:
+            return self._fused(name, prefix, part)
         for one in names:
             if one not in self.shards:
                 raise FileError(self.folder, "is missing; the configuration asks for it", item=one)
@@ -256,10 +309,12 @@ class _Reader:
         for name in sorted(self.shards.keys() - self.used):
             layer = _LAYER.fullmatch(name)
             number = int(layer[1]) if layer else -1
-            if _DERIVED.match(name) or (number in self.config.mtp_layers and layer and layer[2] in _MTP_COPIES):
+            if self.compression and name.rpartition(".")[2] in ACTIVATION_PARTS:
                 continue
-            if name == "lm_head.weight" and self.config.tie_word_embeddings:
-                self._check_tied()
+            if _DERIVED.match(name) or (number in self.config.mtp_layers and layer and _MTP_COPIES.match(layer[2])):
+                continue
+            if name.startswith("lm_head.weight") and self.config.tie_word_embeddings:
+                self._check_tied(name)
             elif self._is_unwanted_mtp(number) or not name.startswith(("model.", "lm_head.")):
                 strangers.append(name)
             else:
@@ -274,12 +329,14 @@ class _Reader:
         last = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         return layer >= last and f"model.layers.{layer}.enorm.weight" in self.shards
 
-    def _check_tied(self) -> None:
-        head, embed = (self.shards[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        ours, theirs = head.view("lm_head.weight"), embed.view("model.embed_tokens.weight")
-        same = ours.shape == theirs.shape and all(
-            np.array_equal(one, other) for one, other in zip(slices(ours), slices(theirs), strict=True)
-        )
+    def _check_tied(self, name: str) -> None:
+        twin = name.replace("lm_head", "model.embed_tokens")
+        same = twin in self.shards
+        if same:
+            ours, theirs = self.shards[name].view(name), self.shards[twin].view(twin)
+            same = ours.shape == theirs.shape and all(
+                np.array_equal(one, other) for one, other in zip(slices(ours), slices(theirs), strict=True)
+            )
         if not same:
-            problem = "differs from model.embed_tokens.weight, but config.json says tie_word_embeddings"
-            raise FileError(head.path, problem, item="lm_head.weight")
+            problem = f"differs from {twin}, but config.json says tie_word_embeddings"
+            raise FileError(self.shards[name].path, problem, item=name)

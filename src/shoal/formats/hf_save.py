@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from shoal.formats.hf_shards import inside
 from shoal.formats.safetensors import MAX_SHARD_BYTES, TensorSpec, write_sharded
 
 Progress = Callable[[int, int], None]
+Encode = Callable[[TensorSpec], Sequence[TensorSpec]]
 DTYPE_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # What travels with the weights, byte for byte, from one Hugging Face folder to another.
 SIDE_FILES = (
@@ -41,6 +42,8 @@ def save_folder(
     dtype: str = "keep",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    encode: Encode | None = None,
+    config_fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `config.json`, safetensors, tokenizer and chat template; the folder appears whole or not at all.
 
@@ -50,6 +53,8 @@ def save_folder(
             block-quantised weights as float16, which holds their values most closely. The router's selection bias is
             never narrowed: rounded, it would pick other experts.
         progress: called with the bytes written so far and in all.
+        encode: gives the tensors to write in place of each one, such as packed codes and their scales.
+        config_fields: added to `config.json`, such as what `encode` did.
 
     Raises:
         FileError: `dst` is taken, the disk refuses, or the source turns out to be damaged.
@@ -60,7 +65,9 @@ def save_folder(
     dst = Path(dst)
     checkpoint.check_complete()
     specs = list(_specs(checkpoint, dtype))
-    config = to_hf(checkpoint.config, torch_dtype=_main_dtype(specs))
+    config = {**to_hf(checkpoint.config, torch_dtype=_main_dtype(specs)), **(config_fields or {})}
+    if encode is not None:
+        specs = [encoded for spec in specs for encoded in encode(spec)]
     total = sum(spec.nbytes for spec in specs)
     done = 0
 

@@ -149,17 +149,16 @@ class EngineWorker:
 
     def engine(self) -> LLM:
         """The loaded engine; ApiError 503 while there is none."""
-        if self._llm is None or self._closing:
-            state = self.state
-            raise ApiError(503, f"the model is {state}", code=f"model_{state}", headers={"retry-after": "2"})
+        if self._llm is None or self.state != "ready":
+            raise _unavailable(self.state)
         return self._llm
 
     def submit(self, generations: Sequence[Generation]) -> Results:
-        """Queue a request; its generations run side by side. ApiError 429 if the queue is full."""
+        """Queue a request; its generations run side by side. ApiError 429: the queue is full; 503: not serving."""
         results = Results(self, generations)
         with self._changed:
-            if self._closing:
-                raise _stopping()
+            if self.state in ("stopping", "failed"):
+                raise _unavailable(self.state)
             # The thread may not have taken the first ones out of the queue yet: those are as good as running.
             queued = len(self._waiting) - self._num_startable()
             if queued >= self._max_queue and not self._has_room(len(generations), (*self._running, *self._waiting)):
@@ -214,15 +213,25 @@ class EngineWorker:
             if self._on_failure is not None:
                 self._on_failure()
             return
-        while not self._closing:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
-                fresh = [self._waiting.popleft() for _ in range(self._num_startable())]
-                self._running.extend(fresh)
-            for results in fresh:
-                results.start()
-            self._step()
-        self._end_all()
+        try:
+            while not self._closing:
+                self._serve()
+        except Exception as error:  # a fault of ours: better to end the server than to leave its clients waiting
+            self.error = error
+            if self._on_failure is not None:
+                self._on_failure()
+        finally:
+            self._end_all()
+
+    def _serve(self) -> None:
+        """Wait for work, then one step."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
+            fresh = [self._waiting.popleft() for _ in range(self._num_startable())]
+            self._running.extend(fresh)
+        for results in fresh:
+            results.start()
+        self._step()
 
     def _step(self) -> None:
         assert self._llm is not None
@@ -264,12 +273,12 @@ class EngineWorker:
             self._running.extend(self._waiting)
             self._waiting.clear()
         for results in self._running:
-            results.failed = _stopping()
+            results.failed = _unavailable(self.state)
         self._hand_over()
 
 
-def _stopping() -> ApiError:
-    return ApiError(503, "the server is stopping", code="model_stopping")
+def _unavailable(state: str) -> ApiError:
+    return ApiError(503, f"the model is {state}", code=f"model_{state}", headers={"retry-after": "2"})
 
 
 def _deliver(parcels: list[tuple[Results, list[Any]]]) -> None:
