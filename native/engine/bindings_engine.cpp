@@ -284,6 +284,7 @@ class PlanEngine {
                 "logits has the wrong shape");
         require((program == 0) == !source, "programs that look ahead need source rows, and only they");
         if (program == 0) rows_ = long(token.size());
+        require(long(token.size()) <= rows_, "more rows than the step that they continue");  // its states must not move
         for (size_t i = 0; source && i < token.size(); ++i)
             require(source->size() == token.size() && source->data()[i] >= 0 && source->data()[i] < rows_,
                     "no such source row");

@@ -34,14 +34,14 @@ SHOAL_INLINE void score_keys(const void* queries, const CacheElement<Bf16>* keys
     F32 acc[N][kParts];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
             acc[i][part] = zero();
         }
     }
     constexpr int step = Bf16 ? 2 : 1;
     for (int64_t k = 0; k < width; k += step) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
             if constexpr (Bf16) {
                 const Pairs q = load_pairs(static_cast<const uint16_t*>(queries) + k * 16 + part * kLanes * 2);
@@ -60,7 +60,7 @@ SHOAL_INLINE void score_keys(const void* queries, const CacheElement<Bf16>* keys
     }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
             store(scores + i * 16 + part * kLanes, acc[i][part]);
         }
@@ -70,7 +70,7 @@ SHOAL_INLINE void score_keys(const void* queries, const CacheElement<Bf16>* keys
 // Scores of one block to weights: masks, moves the running maximum, returns each lane's rescale factor in `shrink`.
 SHOAL_INLINE void weigh(float* scores, int64_t keys, int64_t first_key, const int32_t* last_key, float* top,
                         float* total, float* shrink) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
         float limits[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -141,7 +141,7 @@ void add_values(const void* weights, int64_t keys, const CacheElement<Bf16>* val
 SHOAL_INLINE void pair_weights(const float* weights, int64_t keys, uint16_t* pairs) {
     for (int64_t i = 0; i < keys; i += 2) {
         alignas(64) uint16_t even[16], odd[16];
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
             store_bf16(even + part * kLanes, load(weights + i * 16 + part * kLanes));
             store_bf16(odd + part * kLanes, i + 1 < keys ? load(weights + (i + 1) * 16 + part * kLanes) : zero());

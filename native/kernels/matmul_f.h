@@ -38,7 +38,7 @@ SHOAL_INLINE void float_tile(F32 (&acc)[T][kParts], const uint8_t* tile, int64_t
         for (; k + kSums <= n; k += kSums) {
 #pragma GCC unroll 2
             for (int s = 0; s < kSums; ++s) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; ++part) {
                     const F32 w = weights_at<Bf16>(tile, k + s, part);
 #pragma GCC unroll 4

@@ -10,7 +10,9 @@
 namespace shoal::SHOAL_ISA {
 namespace {
 
-constexpr int kParts = 16 / kLanes;  // vectors in a tile of 16 rows
+// Vectors in a tile of 16 rows. Loops over them are unrolled four times: wholly where they must become registers, while
+// the scalar set's 16 would only make the code ten times as long, and slower.
+constexpr int kParts = 16 / kLanes;
 
 template <Packing P, int L, int NB>
 struct TileProduct {
@@ -44,7 +46,7 @@ SHOAL_INLINE void add_group(TileProduct<P, L, NB>& out, const uint8_t* codes, co
 #pragma GCC unroll 12
     for (int t = 0; t < NB * L; ++t) {
         const int32_t start = offset == 0 ? 0 : -offset * x.sums[t / L * x.scale_stride + group * L + t % L];
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
             sum[t][part] = iset1(start);
         }
@@ -52,7 +54,7 @@ SHOAL_INLINE void add_group(TileProduct<P, L, NB>& out, const uint8_t* codes, co
     if constexpr (P == Packing::q8) {
 #pragma GCC unroll 8
         for (int step = 0; step < 8; ++step) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part) {
                 add_step<L, NB>(sum, stored_codes(codes + step * 64 + part * kBytes), part, x, group * 8 + step);
             }
@@ -60,7 +62,7 @@ SHOAL_INLINE void add_group(TileProduct<P, L, NB>& out, const uint8_t* codes, co
     } else {
 #pragma GCC unroll 4
         for (int step = 0; step < 4; ++step) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part) {
                 const I8 both = load_i8(reinterpret_cast<const int8_t*>(codes + step * 64 + part * kBytes));
                 add_step<L, NB>(sum, low_nibbles(both), part, x, group * 8 + step);
@@ -68,7 +70,7 @@ SHOAL_INLINE void add_group(TileProduct<P, L, NB>& out, const uint8_t* codes, co
             }
         }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
         const F32 scale = load_f16(scales + part * kLanes);
 #pragma GCC unroll 12
@@ -91,7 +93,7 @@ SHOAL_INLINE void tile_product(TileProduct<P, L, NB>& out, const uint8_t* tile, 
     constexpr int64_t group_bytes = P == Packing::q8 ? 512 : 256;
 #pragma GCC unroll 12
     for (int t = 0; t < NB * L; ++t) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
             out.acc[t][part] = zero();
         }
@@ -111,7 +113,7 @@ SHOAL_INLINE void tile_product(TileProduct<P, L, NB>& out, const uint8_t* tile, 
 
 // The first `rows` of a tile's 16 results to y, or onto it.
 SHOAL_INLINE void put_tile(const F32 (&acc)[kParts], float* y, int64_t rows, bool add_to) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int part = 0; part < kParts; ++part) {
         const int64_t left = rows - part * kLanes;
         float* at = y + part * kLanes;

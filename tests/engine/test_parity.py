@@ -33,6 +33,18 @@ def test_biases_in_feed_forward_layers_are_refused_rather_than_left_out() -> Non
         open_tiny(checkpoint)
 
 
+def test_a_latent_of_odd_width_needs_a_float_cache() -> None:
+    """Cached bfloat16 keys are read in pairs."""
+    hf, checkpoint = tiny({**CASES["v3-released"], "kv_lora_rank": 23})
+    for cache in ("bf16", "int8"):
+        with pytest.raises(ConfigError, match=r"kv_lora_rank: .*odd"):
+            open_tiny(checkpoint, cache=cache)
+    tokens = some_tokens(T)
+    with torch.no_grad():
+        theirs = hf(torch.tensor([tokens])).logits[0].numpy()
+    assert np.abs(open_tiny(checkpoint).logits(tokens) - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
 def test_biases_of_attention_match_transformers() -> None:
     hf, checkpoint = tiny({"model_type": "llama", "attention_bias": True})
     tokens = some_tokens(T)

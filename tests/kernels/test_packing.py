@@ -57,7 +57,7 @@ def test_floats_match_reference(rows, cols, source, packing, random):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (5, 2), (16, 3), (33, 5)])
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (5, 2), (16, 3), (33, 5), (40, 4), (16, 8)])
 def test_blocks_match_reference(name, rows, blocks):
     stored, cols = _random_blocks(name, rows, blocks, rows)
     packing = reference.PACKING_OF_BLOCKS[name]
@@ -151,19 +151,20 @@ def test_every_half_survives():
     np.testing.assert_array_equal(got, scales.astype(np.float16).astype(np.float32))
 
 
+@pytest.mark.parametrize("cols", [200, 256])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("packing", ["q8", "q4", "q4m"])
-def test_codes_with_scales_of_their_own(packing, group, random):
+def test_codes_with_scales_of_their_own(packing, group, cols):
     """int8 codes with a scale, and a minimum in q4m, for each `group` columns: the form of compressed-tensors."""
     low, high = {"q8": (-128, 128), "q4": (-8, 8), "q4m": (0, 16)}[packing]
     rng = np.random.default_rng(group)
-    codes = rng.integers(low, high, (21, 200)).astype(np.int8)
-    scales, minima = (rng.normal(size=(21, -(-200 // group))).astype(np.float16).astype(np.float32) for _ in range(2))
+    codes = rng.integers(low, high, (21, cols)).astype(np.int8)
+    scales, minima = (rng.normal(size=(21, -(-cols // group))).astype(np.float16).astype(np.float32) for _ in range(2))
     more = {"minima": minima} if packing == "q4m" else {}
-    values = _rows_of(packing, 21, 200, _pack("codes", codes, 200, packing, scales=scales, group=group, **more))
-    expected = codes.astype(np.float32) * np.repeat(scales, group, axis=1)[:, :200]
+    values = _rows_of(packing, 21, cols, _pack("codes", codes, cols, packing, scales=scales, group=group, **more))
+    expected = codes.astype(np.float32) * np.repeat(scales, group, axis=1)[:, :cols]
     if packing == "q4m":
-        expected += np.repeat(minima, group, axis=1)[:, :200]
+        expected += np.repeat(minima, group, axis=1)[:, :cols]
     np.testing.assert_array_equal(values, expected)
 
 

@@ -21,7 +21,7 @@ from shoal.config import ModelConfig
 from shoal.engine.machine import usable_cpus
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
-from shoal.engine.plan import PAGE_TOKENS, Moments, write_plan
+from shoal.engine.plan import PAGE_TOKENS, Moments, cache_widths, write_plan
 from shoal.engine.sampler import likeliest, log_total
 from shoal.engine.scheduler import Scheduler, Slice
 from shoal.engine.sequence import Produced, Sequence
@@ -91,6 +91,8 @@ class Core:
         if cache not in CACHES:
             raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
         config = checkpoint.config
+        if cache != "f32" and any(width % 2 for width in cache_widths(config)):  # only a latent's width can be odd
+            raise ConfigError("kv_lora_rank", f"is odd, which a {cache} cache cannot hold; choose cache f32")
         wide = _wide(activations, config)
         check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens, look_ahead=look_ahead)
         self.threads = threads or usable_cpus()
