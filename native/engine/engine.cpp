@@ -43,12 +43,13 @@ WideRows WideRows::from_row(long row, long cols) const {
 }
 
 WideRows QuantBuffer::reserve(long rows, long cols, bool wide) {
-    const size_t values = size_t(round_up(rows, 4)) * round_up(cols, kBlockCols);
-    auto layer = [&](int i) {
-        return QuantRows{codes[i].array<int8_t>(values), scales[i].array<float>(values / kGroup),
-                         sums[i].array<int32_t>(values / kGroup)};
-    };
-    return {layer(0), wide ? layer(1) : QuantRows{}};
+    // A lone row's two layers are neighbours, as rows are: see multiply.
+    const size_t values = size_t(rows == 1 ? 1 : round_up(rows, 4)) * round_up(cols, kBlockCols);
+    const size_t layers = wide ? 2 : 1, groups = values / kGroup;
+    const QuantRows high{codes.array<int8_t>(values * layers), scales.array<float>(groups * layers),
+                         sums.array<int32_t>(groups * layers)};
+    if (!wide) return {high, {}};
+    return {high, {high.codes + values, high.scales + groups, high.sums + groups}};
 }
 
 void Worker::barrier() const { engine.barrier(); }
@@ -135,6 +136,25 @@ void Engine::run(size_t program, const Step& step) {
     });
 }
 
+namespace {
+
+// One token in 16 bits: both layers meet the weights in one pass, as if they were two tokens. The sums are those of two
+// passes, in their order.
+void multiply_wide_row(const Ops& ops, const PackedMatrix& w, const Prepared& x, long first, long last, float* y,
+                       bool add_to) {
+    constexpr long kTiles = 16, kWidth = kTiles * kTileRows;
+    float both[2 * kWidth];
+    for (long tile = first; tile < last; tile += kTiles) {
+        const long end = std::min(tile + kTiles, last), rows = std::min(w.rows, end * kTileRows) - tile * kTileRows;
+        ops.matmul_q(int32_t(w.packing), w.data + tile * w.tile_bytes(), end - tile, w.cols, rows, &x.quant.high, 2, 1,
+                     both, kWidth, false);
+        float* out = y + (tile - first) * kTileRows;
+        for (long i = 0; i < rows; ++i) out[i] = (add_to ? out[i] + both[i] : both[i]) + both[kWidth + i];
+    }
+}
+
+}  // namespace
+
 void multiply(const Ops& ops, const PackedMatrix& w, const Prepared& x, long first, long last, float* y, long y_stride,
               bool add_to) {
     const uint8_t* tiles = w.data + first * w.tile_bytes();
@@ -144,6 +164,9 @@ void multiply(const Ops& ops, const PackedMatrix& w, const Prepared& x, long fir
         ops.matmul_f(int32_t(w.packing), tiles, count, w.cols, rows, x.rows, x.stride, x.tokens, y, y_stride, add_to);
         return;
     }
+    const long row_codes = w.blocks() * kBlockCols;
+    if (x.tokens == 1 && x.lanes == 1 && x.quant.low.codes == x.quant.high.codes + row_codes)
+        return multiply_wide_row(ops, w, x, first, last, y, add_to);
     ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.high, x.tokens, x.lanes, y, y_stride, add_to);
     if (x.quant.low.codes)
         ops.matmul_q(int32_t(w.packing), tiles, count, w.cols, rows, &x.quant.low, x.tokens, x.lanes, y, y_stride,

@@ -74,7 +74,7 @@ struct WideRows {
 
 // Such rows with the memory that holds them.
 struct QuantBuffer {
-    Scratch codes[2], scales[2], sums[2];
+    Scratch codes, scales, sums;
     WideRows reserve(long rows, long cols, bool wide);
 };
 

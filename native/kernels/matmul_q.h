@@ -146,9 +146,13 @@ template <Packing P>
 void matmul_packing(const uint8_t* tiles, int64_t count, int64_t blocks, int64_t rows, TokenBlocks x, int64_t tokens,
                     int64_t lanes, float* y, int64_t y_stride, bool add_to) {
     if (lanes == 1) {
-        for (int64_t t = 0; t < tokens; ++t) {
-            product<P, 1, 1>(tiles, count, blocks, rows, x, 1, y + t * y_stride, y_stride, add_to);
-            x.codes += x.code_stride, x.scales += x.scale_stride, x.sums += x.scale_stride;
+        for (; tokens >= 2; tokens -= 2) {  // plain rows in pairs, which read the weights once
+            product<P, 1, 2>(tiles, count, blocks, rows, x, 2, y, y_stride, add_to);
+            x.codes += 2 * x.code_stride, x.scales += 2 * x.scale_stride, x.sums += 2 * x.scale_stride;
+            y += 2 * y_stride;
+        }
+        if (tokens == 1) {
+            product<P, 1, 1>(tiles, count, blocks, rows, x, 1, y, y_stride, add_to);
         }
         return;
     }
