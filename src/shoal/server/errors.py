@@ -79,5 +79,6 @@ async def handle_error(request: Request, error: Exception) -> Response:
 
 
 async def handle_crash(request: Request, error: Exception) -> Response:
-    """For all others; Starlette raises them once more behind it, so that uvicorn logs the trace."""
-    return INTERNAL.response()
+    """For all others; Starlette raises them once more behind it, so that uvicorn logs the trace. It then closes the
+    connection, which the client must know, or its next request there would be lost."""
+    return json_response(INTERNAL.body(), status=500, headers={"connection": "close"})
