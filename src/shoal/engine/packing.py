@@ -37,14 +37,17 @@ def aligned_bytes(size: int) -> NDArray[np.uint8]:
 def packing_for(tensor: LazyTensor, scheme: str) -> str:
     """The packing of a weight matrix under a scheme: `auto` keeps what the file holds, others name a packing."""
     if scheme == "auto":
-        return _own_packing(tensor.dtype)
+        return _own_packing(tensor)
     if scheme not in PACKINGS:
         raise ConfigError("weights", f"{scheme!r} is not one of auto, {', '.join(PACKINGS)}")
     return scheme
 
 
-def _own_packing(dtype: str) -> str:
-    return OWN_PACKING.get(dtype) or CODE_PACKING.get(dtype.partition("_")[0], "q8")
+def _own_packing(tensor: LazyTensor) -> str:
+    """8 bits for what no packing holds as it is: rounding once more to 4 would cost as much as the first time."""
+    if tensor.codes is not None:
+        return CODE_PACKING[tensor.dtype.partition("_")[0]]
+    return OWN_PACKING.get(tensor.dtype, "q8")
 
 
 def pack_tensor(tensor: LazyTensor, packing: str, threads: int = 1) -> native.Packed:
@@ -54,7 +57,7 @@ def pack_tensor(tensor: LazyTensor, packing: str, threads: int = 1) -> native.Pa
     count = int(np.prod(stack)) if stack else 1
     size = native.packed_bytes(PACKINGS[packing], rows, cols)
     memory = aligned_bytes(size * count)
-    if tensor.codes is not None and _own_packing(tensor.dtype) == packing:
+    if tensor.codes is not None and _own_packing(tensor) == packing:
         for index, (codes, scales, minima) in enumerate(tensor.codes()):
             out = memory[index * size : (index + 1) * size]
             group = -(-cols // scales.shape[1] // _GROUP) * _GROUP

@@ -61,7 +61,8 @@ def calibrate(
     # A prediction layer runs after each step that leaves something to run: it sees all but the last one.
     step_tokens = -(-longest // 4) if checkpoint.config.num_nextn_predict_layers else longest
     core = Core(
-        checkpoint, threads=threads, cache_tokens=longest, moments=moments, look_ahead=True, step_tokens=step_tokens
+        checkpoint, threads=threads, cache="f32", cache_tokens=longest, moments=moments, look_ahead=True,
+        step_tokens=step_tokens,
     )  # fmt: skip
     done, total = 0, sum(len(window) for window in windows)
     for window in windows:

@@ -132,10 +132,9 @@ class _Encoded:
     def _quantise(self, weights_RC: NDArray[np.float32]) -> Quantised:
         if not np.isfinite(weights_RC).all():
             raise FileError(self.spec.source or "", "holds a value that is not finite", item=self.spec.name)
-        out = quantise(weights_RC, self.grid, self.importance, threads=self.threads)
-        if np.abs(out.scales).max(initial=0) > MAX_SCALE:
-            raise FileError(self.spec.source or "", "holds values too large for a 16-bit scale", item=self.spec.name)
-        return out
+        if np.abs(weights_RC).max(initial=0) > MAX_SCALE:
+            raise FileError(self.spec.source or "", f"holds values beyond {MAX_SCALE:.0f}", item=self.spec.name)
+        return quantise(weights_RC, self.grid, self.importance, threads=self.threads)
 
     def _zero_points(self) -> Iterator[Array]:
         zeros_RG, self.zeros = np.concatenate(self.zeros), []

@@ -3,7 +3,7 @@
 Kept whatever the recipe: routers (a rounded score picks other experts), norms and biases, and MLA's small projections
 into and out of the latent, whose errors every head and every later token sees; all told under 1% of DeepSeek's models.
 Attention, shared experts and the output head are read for every token but are a small part of a mixture of experts, so
-the 4-bit recipes give them 8 bits: on SmolLM2-135M that takes the divergence from 0.135 to 0.083 nats for 11% more
+the 4-bit recipes give them 8 bits: on SmolLM2-135M that takes the divergence from 0.128 to 0.078 nats for 11% more
 bytes.
 """
 
@@ -99,6 +99,8 @@ def target(name: str) -> str:
     module = name.removesuffix(".weight")
     if module == "lm_head":
         return module
+    if module.endswith("embed_tokens"):
+        return "re:.*embed_tokens$"
     inner = re.escape(module.removeprefix("model."))
     return "re:.*" + re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", inner) + "$"
 

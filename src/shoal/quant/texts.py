@@ -57,17 +57,25 @@ def load_texts(source: str) -> Texts:
 
 
 def _builtin() -> Texts:
-    """Every other topic of the language reference (English prose) and a few modules (code), Python's own licence."""
+    """Every other topic of the language reference (English prose) and a few modules (code), Python's own licence.
+
+    Topics repeat parts of each other, so a paragraph that was calibrated on is taken out of what is measured with.
+    """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
         problem = "this Python comes without its documentation (pydoc_data); name a text file instead"
         raise ShoalError(f"calibrate: {problem}") from error
     names = sorted(topics)
-    return Texts(
-        "\n\n".join([*(topics[name] for name in names[::2]), *_modules(_CALIBRATION_MODULES)]),
-        "\n\n".join([*(topics[name] for name in names[1::2]), *_modules(_MEASURED_MODULES)]),
-    )
+    calibration = _paragraphs([*(topics[name] for name in names[::2]), *_modules(_CALIBRATION_MODULES)])
+    held_out = _paragraphs([*(topics[name] for name in names[1::2]), *_modules(_MEASURED_MODULES)])
+    seen = set(calibration)
+    return Texts("\n\n".join(calibration), "\n\n".join(part for part in held_out if part not in seen))
+
+
+def _paragraphs(texts: Sequence[str]) -> list[str]:
+    """Each once, in order."""
+    return list(dict.fromkeys(part.rstrip() for text in texts for part in text.split("\n\n")))
 
 
 def _modules(names: Sequence[str]) -> list[str]:
