@@ -63,7 +63,7 @@ def test_a_model_is_shrunk_and_measured(shoal: Shoal, model: str, tmp_path: Path
     quality = facts["quality"]
     assert quality["tokens"] == 128
     assert 0 < quality["kl"] < quality["kl_99"] < 0.2
-    assert 0.7 < quality["top1"] <= 1
+    assert 0.4 < quality["top1"] < 1
     assert quality["perplexity_before"] != quality["perplexity_after"]
     assert "calibrating" in result.err and "measuring" in result.err
     answer = shoal("chat", "--model", str(dst), "hello", "--max-tokens", "3")

@@ -239,6 +239,7 @@ def test_older_spellings() -> None:
         ({"config_groups": {"g": {"targets": ["re:("], "weights": weights()}}}, "config_groups.g.targets"),
         ({"config_groups": {"g": {"targets": ["re:(a+)+$"], "weights": weights()}}}, "config_groups.g.targets"),
         ({"config_groups": {"g": {"targets": ["re:" + ".*a" * 9], "weights": weights()}}}, "config_groups.g.targets"),
+        ({"config_groups": {"g": {"targets": ["re:" + "a" * 501], "weights": weights()}}}, "config_groups.g.targets"),
         ({"config_groups": {"g": {"targets": ["Linear"], "weights": 8}}}, "config_groups.g.weights"),
         *(
             ({"config_groups": {"g": {"targets": ["Linear"], "weights": weights(**{field: value})}}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -85,6 +86,19 @@ def test_the_engine_computes_with_the_very_codes(tmp_path: Path, config: ModelCo
     # Codes against the same numbers as floats; what is left are activations of 16 bits.
     ours, plain = (logits(small, weights=weights, activations="int16") for weights in ("auto", "f32"))
     assert np.abs(ours - plain).max() < 0.02 * np.abs(plain).max()
+
+
+def test_a_latent_projection_of_four_bits_is_not_rounded_to_four_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others quantise kv_b_proj too. The engine turns half of it round, so that its groups lie across the file's."""
+    roles = ((re.compile(r".*\.kv_b_proj\.weight$"), "experts and MLPs"),)
+    monkeypatch.setattr("shoal.quant.recipes._BY_NAME", roles)
+    quantize(tiny(V3), tmp_path / "q", scheme="int4")
+    small = open_folder(tmp_path / "q")
+    assert small.tensors["model.layers.0.self_attn.kv_b_proj.weight"].dtype == "I4_G32"
+    ours, plain = (logits(small, weights=weights, activations="int16") for weights in ("auto", "f32"))
+    assert np.abs(ours - plain).max() < 0.05 * np.abs(plain).max()
 
 
 def logits(checkpoint: Checkpoint, **options: Any) -> Any:
