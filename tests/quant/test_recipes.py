@@ -131,5 +131,12 @@ def test_the_configuration_says_what_was_done(config: ModelConfig, scheme: str, 
         )
 
 
+def test_tables_are_targets_by_name() -> None:
+    """vLLM's output head and embedding are not of a class Linear."""
+    for tables, expected in (("auto", ["lm_head"]), ("int8", ["lm_head", "re:.*embed_tokens$"]), ("bfloat16", [])):
+        out = quantization_config(stored_grids(shapes_only(V2), choose("int8", 32, tables, tied=False)), tied=False)
+        assert out["config_groups"]["group_0"]["targets"] == ["Linear", *expected]
+
+
 def _matches(target: str, module: str) -> bool:
     return bool(re.match(target[3:], module)) if target.startswith("re:") else target == module

@@ -105,11 +105,16 @@ def target(name: str) -> str:
     return "re:.*" + re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", inner) + "$"
 
 
+def _is_table(pattern: str) -> bool:
+    return pattern == "lm_head" or pattern.endswith(("embed_tokens$", "shared_head\\.head$"))
+
+
 def quantization_config(grids: Mapping[str, Grid | None], *, tied: bool) -> dict[str, Any]:
     """The `quantization_config` of a folder whose matrices have these grids.
 
-    With one grid for all, the target is the class `Linear`, which every reader understands. With several, only patterns
-    are used: some readers try the class before they take a fused layer's name apart.
+    With one grid for all, the target is the class `Linear`, which every reader understands, and by name the tables,
+    which are no linear layers to some. With several, only patterns are used: some readers try the class before they
+    take a fused layer's name apart.
     """
     by_grid: dict[Grid, set[str]] = {}
     ignore = {"lm_head"} if tied else set()
@@ -120,7 +125,7 @@ def quantization_config(grids: Mapping[str, Grid | None], *, tied: bool) -> dict
             by_grid.setdefault(grid, set()).add(target(name))
     if len(by_grid) == 1:
         grid, targets = by_grid.popitem()
-        by_grid = {grid: {"Linear", *(one for one in targets if one.endswith("embed_tokens$"))}}
+        by_grid = {grid: {"Linear", *(one for one in targets if _is_table(one))}}
     groups = {
         f"group_{index}": {
             "targets": sorted(targets), "input_activations": None, "output_activations": None,
