@@ -41,9 +41,8 @@ def run(
 ) -> None:
     """Shrink a model to 8 or 4 bits a weight.
 
-    Writes a Hugging Face folder in the compressed-tensors layout, which Shoal and vLLM serve as it is. Routers, norms
-    and the small MLA projections keep their precision; with int4, attention, shared experts and the output head get 8
-    bits.
+    Writes a Hugging Face folder in the compressed-tensors layout, which vLLM and others read too. Routers, norms and
+    the small MLA projections keep their precision; with int4, attention, shared experts and the output head get 8 bits.
 
     The weights stream through, one tensor at a time. Calibration keeps the source model in memory, the report both
     models; `--calibrate none --no-report` needs neither.
