@@ -97,7 +97,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_frees_its_pages(
     gate.hold_from = 4
     gate.open.clear()
     with pytest.raises(httpx.ReadTimeout):
-        box.http.post(URL, json={"prompt": prompt(900), "max_tokens": 60, "stream": stream}, timeout=0.2)
+        box.http.post(URL, json={"prompt": prompt(900), "max_tokens": 60, "stream": stream}, timeout=1)
     wait_for(lambda: llm.load.pages_in_use == 0, seconds=1)
     assert (llm.load.running, llm.load.waiting) == (0, 0)
     assert gate.steps == 4 and not gate.open.is_set()  # still inside a step of the prompt
