@@ -9,10 +9,6 @@
 #include "engine/pack.h"
 #include "shoal/dispatch.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace shoal {
 
 Scratch::~Scratch() { std::free(data_); }
@@ -188,6 +184,13 @@ void quantise_block(const Worker& worker, const WideRows& into, long at, const f
     put(into.low, left, nullptr);
 }
 
+void quantise_block(const Worker& worker, const WideRows& into, long at, const float* rows, long stride, long count,
+                    long cols, long lanes) {
+    const float* pointers[4];
+    for (long i = 0; i < count; ++i) pointers[i] = rows + i * stride;
+    quantise_block(worker, into, at, pointers, count, cols, lanes);
+}
+
 void add_moments(const float* rows, long stride, long count, long cols, float* out) {
     for (long t = 0; t < count; ++t)
         for (long i = 0; i < cols; ++i) out[i] += rows[t * stride + i] * rows[t * stride + i];
@@ -197,12 +200,8 @@ void add_moments(const float* rows, long stride, long count, long cols, float* o
 WideRows quantise_rows(const Worker& worker, QuantBuffer& into, const float* rows, long stride, long tokens, long cols,
                        long lanes, bool wide) {
     const WideRows out = into.reserve(tokens, cols, wide);
-    const float* pointers[4];
-    for (long t = 0; t < tokens; t += lanes) {
-        const long n = std::min(lanes, tokens - t);
-        for (long i = 0; i < n; ++i) pointers[i] = rows + (t + i) * stride;
-        quantise_block(worker, out, t, pointers, n, cols, lanes);
-    }
+    for (long t = 0; t < tokens; t += lanes)
+        quantise_block(worker, out, t, rows + t * stride, stride, std::min(lanes, tokens - t), cols, lanes);
     return out;
 }
 
@@ -216,7 +215,7 @@ void reserve_input(Engine& engine, const Step& step, SharedInput& shared, const 
 Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, bool quantised, int stage) {
     const long tokens = worker.step.tokens, cols = worker.engine.buffer_cols(input.buffer);
     const float* x = worker.engine.buffer(input.buffer, tokens);
-    Prepared out{x, cols, {}, tokens == 1 ? 1L : 4L, tokens, cols};
+    Prepared out{x, cols, {}, lanes_for(tokens), tokens, cols};
     if (tokens <= kPrivateTokens) {
         if (input.norm) {
             float* rows = worker.engine.scratch(worker.member, 0).array<float>(tokens * cols);
@@ -240,9 +239,7 @@ Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, 
             from = rows + t * cols;
         }
         if (!quantised) continue;
-        const float* pointers[4];
-        for (long i = 0; i < n; ++i) pointers[i] = from + i * cols;
-        quantise_block(worker, quant, t, pointers, n, cols, 4);
+        quantise_block(worker, quant, t, from, cols, n, cols, 4);
     }
     worker.barrier();
     if (rows) out.rows = rows;

@@ -80,6 +80,9 @@ struct QuantBuffer {
 
 class Engine;
 
+// How many tokens' activations are interleaved: a lone token's stand as plain rows.
+constexpr long lanes_for(long tokens) { return tokens == 1 ? 1 : 4; }
+
 // Everything an operation needs while it runs on one member of the team.
 struct Worker {
     Engine& engine;
@@ -173,6 +176,9 @@ void reserve_input(Engine& engine, const Step& step, SharedInput& shared, const 
 Prepared prepare(const Worker& worker, SharedInput& shared, const Input& input, bool quantised, int stage);
 // Quantises up to 4 rows into one interleaved block at row `at` of `into`.
 void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count,
+                    long cols, long lanes);
+// The same for rows `stride` apart.
+void quantise_block(const Worker& worker, const WideRows& into, long at, const float* rows, long stride, long count,
                     long cols, long lanes);
 // Adds the squares of every column of `count` rows to out[0 .. cols), and `count` to out[cols].
 void add_moments(const float* rows, long stride, long count, long cols, float* out);

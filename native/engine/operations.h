@@ -113,8 +113,6 @@ struct FeedForward final : Operation {
     PackedMatrix router;
     const float* bias = nullptr;
     PackedMatrix expert_gate, expert_up, expert_down;  // of expert 0; the others follow at bytes() each
-    long layer = 0;
-    int32_t* trace_experts = nullptr;  // [T, K] of the last step
     // add_moments of what the matrices met, if wanted: the input [1, D + 1], the always-used MLP's hidden rows
     // [1, F + 1], and by expert those of its own tokens [E, D + 1] and [E, F + 1].
     float *moments = nullptr, *hidden_moments = nullptr;

@@ -107,7 +107,7 @@ void FeedForward::down_tiles(const Worker& worker, long first, long last, float*
     for (const long e : used) {
         const long count = offset[e + 1] - offset[e];
         const float* rows = hidden.array<float>(0) + offset[e] * width;
-        const Prepared h{rows, width, routed.from_row(quant_row[e], width), count == 1 ? 1L : 4L, count, width};
+        const Prepared h{rows, width, routed.from_row(quant_row[e], width), lanes_for(count), count, width};
         multiply(worker.ops, expert_of(expert_down, e), h, first, last, product - from, cols, false);
         for (long i = 0; i < count; ++i) {
             float* row = x + slot_token[offset[e] + i] * stride + from;
@@ -161,7 +161,7 @@ void FeedForward::run(const Worker& worker) {
         choose_experts(worker);
         routed = run_experts(worker, x);
     }
-    Prepared dense{dense_rows, dense_width, {}, one ? 1L : 4L, tokens, dense_width};
+    Prepared dense{dense_rows, dense_width, {}, lanes_for(tokens), tokens, dense_width};
     if (has_dense && down.quantised())
         dense.quant = quantise_dense_hidden(worker, dense_rows, dense_width, dense.lanes);
     const long tiles = (cols + kTileRows - 1) / kTileRows;
@@ -183,7 +183,6 @@ void FeedForward::choose_experts(const Worker& worker) {
         for (long t = 0; tokens <= 8 && t < tokens; ++t)
             route(scores + t * experts, &chosen[t * active], &weight[t * active]);
         group_slots(tokens);
-        if (trace_experts) std::memcpy(trace_experts, chosen.data(), tokens * active * sizeof(int32_t));
     }
     worker.barrier();
 }
@@ -196,10 +195,8 @@ WideRows FeedForward::quantise_dense_hidden(const Worker& worker, const float* r
     const WideRows out = dense_quant.reserve(tokens, width, input.wide);
     long first, last;
     while (worker.next(6, (tokens + 3) / 4, 1, first, last)) {
-        const float* pointers[4];
-        const long n = std::min(4L, tokens - first * 4);
-        for (long i = 0; i < n; ++i) pointers[i] = rows + (first * 4 + i) * width;
-        quantise_block(worker, out, first * 4, pointers, n, width, lanes);
+        const long t = first * 4;
+        quantise_block(worker, out, t, rows + t * width, width, std::min(4L, tokens - t), width, lanes);
     }
     worker.barrier();
     return out;
@@ -216,7 +213,7 @@ void FeedForward::quantise_expert(const Worker& worker, long expert, const WideR
             const long slot = offset[expert] + i + j;
             pointers[j] = rows + (by_token ? slot_token[slot] : slot) * stride;
         }
-        quantise_block(worker, into, quant_row[expert] + i, pointers, n, cols, count == 1 ? 1 : 4);
+        quantise_block(worker, into, quant_row[expert] + i, pointers, n, cols, lanes_for(count));
     }
 }
 
@@ -253,7 +250,7 @@ WideRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
             Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
             if (!one && quantised) {
                 part.quant = in.from_row(quant_row[e], cols);
-                part.lanes = count == 1 ? 1 : 4;
+                part.lanes = lanes_for(count);
             } else if (!one) {  // float weights meet the rows themselves, gathered
                 float* copy = worker.engine.scratch(worker.member, 6).array<float>(count * cols);
                 for (long i = 0; i < count; ++i)

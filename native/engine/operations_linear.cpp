@@ -83,7 +83,7 @@ void HeadLinear::run(const Worker& worker) {
     long first, last;
     while (worker.next(0, heads, 1, first, last)) {
         const float* rows = x + in_first + first * in_step;
-        Prepared prepared{rows, in_stride, {}, tokens == 1 ? 1L : 4L, tokens, cols};
+        Prepared prepared{rows, in_stride, {}, lanes_for(tokens), tokens, cols};
         if (weights[first].quantised())
             prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), rows, in_stride, tokens, cols,
                                            prepared.lanes, wide);
@@ -103,7 +103,7 @@ void Head::run(const Worker& worker) {
         worker.ops.rms_norm(row, cols, input.norm, input.eps, picked + i * cols, cols, 1, cols);
     }
     if (moments && worker.member == 0) add_moments(picked, cols, rows, cols, moments);
-    Prepared prepared{picked, cols, {}, rows == 1 ? 1L : 4L, rows, cols};
+    Prepared prepared{picked, cols, {}, lanes_for(rows), rows, cols};
     if (weight.quantised())
         prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), picked, cols, rows, cols,
                                        prepared.lanes, input.wide);

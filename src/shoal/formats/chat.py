@@ -21,7 +21,7 @@ from shoal.errors import FileError, RequestError
 from shoal.formats import tokenizer_json
 from shoal.formats.atomic import atomic_file
 from shoal.formats.chat_guard import Guard, Strings
-from shoal.formats.reasoning import OPEN, prompt_opens_reasoning
+from shoal.formats.reasoning import prompt_opens_reasoning
 from shoal.formats.template import Template, TemplateLimitError, TemplateLimits, TemplateRefusalError
 from shoal.formats.tokenizer import Tokenizer, well_formed
 
@@ -96,11 +96,6 @@ class ChatFormat:
     def starts_in_reasoning(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
         """Whether the prompt leaves the model inside an open `<think>`, so that its answer begins with reasoning."""
         return prompt_opens_reasoning(tokenizer, prompt)
-
-    @property
-    def mentions_reasoning(self) -> bool:
-        """Whether the template knows `<think>` at all."""
-        return OPEN in self.template_source
 
     def save(self, folder: str | Path) -> None:
         """Write `chat_template.jinja` (and the tool template) where transformers looks for them."""
