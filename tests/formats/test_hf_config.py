@@ -283,7 +283,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (V3, {"rope_scaling": {"factor": 4}}, "rope_scaling.rope_type"),
     (V3, {"rope_scaling": "yarn"}, "rope_scaling"),
     (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling.rope_type"),
-    (LLAMA, {"rope_scaling": None, "rope_parameters": {"rope_type": "longrope", "factor": 2}},
+    (LLAMA, {"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic", "factor": 2}},
      "rope_parameters.rope_type"),
     (LLAMA, {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
      "rope_parameters.full_attention"),
