@@ -1,0 +1,1 @@
+"""Make a model yours: tune it, distil it, give it another shape."""
