@@ -14,11 +14,11 @@ pytest.importorskip("transformers")
 
 from tests.engine.conftest import TinyTokenizer, open_tiny, some_tokens, tiny  # noqa: E402
 
-from shoal.errors import ConfigError  # noqa: E402
+from shoal.errors import ConfigError, FileError  # noqa: E402
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from shoal.formats.hf_save import save_folder  # noqa: E402
 from shoal.model import load_model  # noqa: E402
-from shoal.tune.reshape import Shape, reshape  # noqa: E402
+from shoal.tune.reshape import ExpertShape, Shape, fit, measure, reshape, with_experts  # noqa: E402
 
 ROPE = {"rope_theta": 500.0}
 CASES: dict[str, dict[str, Any]] = {
@@ -41,6 +41,17 @@ def logits(checkpoint: Checkpoint, tokens: list[int]) -> Any:
         return load_model(checkpoint)(torch.tensor([tokens]))[0].numpy()
 
 
+def from_folder(folder: Path) -> Any:
+    import transformers
+
+    options = {"dtype": torch.float32, "experts_implementation": "eager"}  # grouped products want rows of 16 bytes
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def no_tokenizer() -> Any:
+    raise FileError("tiny", "was made without a tokenizer")
+
+
 def apart(ours: Any, theirs: Any) -> float:
     """Root mean square of the difference, beside that of the logits."""
     return float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)))
@@ -48,8 +59,6 @@ def apart(ours: Any, theirs: Any) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_left_out_changes_nothing(name: str, tmp_path: Path) -> None:
-    import transformers
-
     hf, _ = tiny(CASES[name])
     hf.save_pretrained(tmp_path / "source")
     source = open_checkpoint(tmp_path / "source")
@@ -60,7 +69,7 @@ def test_nothing_left_out_changes_nothing(name: str, tmp_path: Path) -> None:
     assert full.config.model_type == "deepseek_v3"
     assert apart(logits(full, tokens), before) < 2e-5
     save_folder(full, tmp_path / "out", dtype="float32")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs = from_folder(tmp_path / "out")
     assert type(theirs).__name__ == "DeepseekV3ForCausalLM"
     with torch.no_grad():
         assert apart(theirs(torch.tensor([tokens])).logits[0].numpy(), before) < 2e-5
@@ -78,3 +87,38 @@ def test_slow_frequencies_do_without_rotation(tmp_path: Path) -> None:
     partial = reshape(source, Shape(latent=most, rope=2))
     assert apart(logits(partial, tokens), before) < 1e-3
     assert apart(logits(reshape(source, Shape(latent=most // 2, rope=2)), tokens), before) > 1e-2
+
+
+@pytest.mark.parametrize("shape", [
+    ExpertShape(how="split", experts=6, active=6, shared=1), ExpertShape(how="split", experts=5, active=5),
+    ExpertShape(how="copy", experts=4, active=2), ExpertShape(how="copy", experts=4, active=2, first_k_dense_replace=1),
+], ids=str)  # fmt: skip
+def test_experts_that_all_work_or_are_all_alike_change_nothing(shape: ExpertShape, tmp_path: Path) -> None:
+    _, source = tiny({"model_type": "llama"})
+    tokens = some_tokens(T)
+    before = logits(source, tokens)
+    made = with_experts(reshape(source, Shape.full(source.config)), load_model(source), shape, [some_tokens(32, 2)])
+    assert apart(logits(made, tokens), before) < 2e-5
+    save_folder(replace(made, load_tokenizer=no_tokenizer), tmp_path / "out", dtype="float32")
+    theirs = from_folder(tmp_path / "out")
+    assert theirs.config.n_routed_experts == shape.experts
+    with torch.no_grad():
+        assert apart(theirs(torch.tensor([tokens])).logits[0].numpy(), before) < 2e-5
+    assert apart(open_tiny(made).logits(tokens), before) < 2e-5
+
+
+def test_the_router_finds_the_experts_that_matter() -> None:
+    """Half of the experts, chosen by the router, lose less than half of them chosen blindly."""
+    _, source = tiny({"model_type": "llama"})
+    tokens = some_tokens(T)
+    before = logits(source, tokens)
+    dense, model = reshape(source, Shape.full(source.config)), load_model(source)
+    seen = [some_tokens(64, seed) for seed in range(2, 18)]
+    made = with_experts(dense, model, ExpertShape(how="split", experts=10, active=5), seen)
+    lost = apart(logits(made, tokens), before)
+    blind = load_model(made)
+    for layer in blind.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+        layer.mlp.gate.e_score_correction_bias.zero_()
+    with torch.no_grad():
+        assert lost < 0.8 * apart(blind(torch.tensor([tokens]))[0].numpy(), before)

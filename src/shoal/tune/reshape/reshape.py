@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor
 from shoal import positions
 from shoal.config import MLAConfig, ModelConfig, RopeConfig, RopeScaling
 from shoal.errors import ConfigError
-from shoal.formats.checkpoint import Array, Checkpoint, LazyTensor
-from shoal.formats.layout import expected_tensors
+from shoal.formats.checkpoint import Checkpoint
 from shoal.tune.reshape.latent import Widths, to_latent
 from shoal.tune.reshape.layer import attention_of, read_layer
 from shoal.tune.reshape.moments import Moments, assume
 from shoal.tune.reshape.slots import choose_slots, components, contributions
+from shoal.tune.reshape.tensors import with_tensors
 
 Progress = Callable[[int, int], None]
 
@@ -85,8 +84,13 @@ def choose_widths(checkpoint: Checkpoint, shape: Shape, moments: Sequence[Moment
     for index, one in enumerate(moments):
         worth.append(contributions(components(read_layer(checkpoint, index), one), one))
     slots_P = choose_slots(torch.stack(worth), shape.rope // 2)
-    bias = attention_of(checkpoint.config).qkv_bias
-    return Widths(slots_P=slots_P, latent=shape.latent, query_bias=bias)
+    gqa = attention_of(checkpoint.config)
+    widths = Widths(slots_P=slots_P, latent=shape.latent, query_bias=gqa.qkv_bias)
+    most = gqa.num_key_value_heads * (2 * len(widths.nope_pairs(gqa.num_key_value_heads)) + gqa.head_dim) + 1
+    if shape.latent > most:
+        problem = f"{shape.latent} holds more than there is: with {shape.rope} rotary dimensions {most} lose nothing"
+        raise ConfigError("latent", problem)
+    return widths
 
 
 def latent_config(config: ModelConfig, shape: Shape, widths: Widths) -> ModelConfig:
@@ -118,22 +122,3 @@ def _rope(config: ModelConfig, shape: Shape, widths: Widths) -> RopeConfig:
         original_max_position_embeddings=config.max_position_embeddings,
     )  # fmt: skip
     return replace(plain, scaling=scaling)
-
-
-def with_tensors(checkpoint: Checkpoint, config: ModelConfig, made: Mapping[str, Tensor]) -> Checkpoint:
-    """The checkpoint under another configuration, with these tensors in place of or beside its own."""
-    tensors = {}
-    for name in expected_tensors(config):
-        if name in made:
-            tensors[name] = LazyTensor(
-                name=name, shape=tuple(made[name].shape), dtype="F32", source=checkpoint.path,
-                make_chunks=partial(_chunks, made[name].numpy()),
-            )  # fmt: skip
-        else:
-            tensors[name] = checkpoint.tensors[name]
-    return replace(checkpoint, config=config, tensors=tensors)
-
-
-def _chunks(array: Array) -> Iterator[Array]:
-    """The tensor in one piece, a stack of experts one expert at a time."""
-    yield from np.split(array, len(array)) if array.ndim == 3 else [array]
