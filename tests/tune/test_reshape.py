@@ -122,3 +122,62 @@ def test_the_router_finds_the_experts_that_matter() -> None:
         layer.mlp.gate.e_score_correction_bias.zero_()
     with torch.no_grad():
         assert lost < 0.8 * apart(blind(torch.tensor([tokens]))[0].numpy(), before)
+
+
+def test_calibration_and_a_fit_each_bring_the_small_model_closer() -> None:
+    _, source = tiny({"model_type": "llama"})
+    model = load_model(source)
+    tokens, seen = some_tokens(T), [some_tokens(T, seed) for seed in range(2, 26)]
+    before, shape = logits(source, tokens), Shape(latent=27, rope=12)
+    blind = reshape(source, shape)
+    informed = reshape(source, shape, measure(model, seen))
+    layers: list[Any] = []
+    fitted = fit(load_model(source), informed, seen, epochs=6, lr=0.005, report=layers.append)
+    lost = [apart(logits(one, tokens), before) for one in (blind, informed, fitted)]
+    assert lost[2] < lost[1] < 0.5 * lost[0]
+    assert [one.layer for one in layers] == [0, 1]
+    assert all(one.after < 0.9 * one.before for one in layers)
+    for name, tensor in fitted.tensors.items():
+        if name.endswith("kv_a_layernorm.weight"):
+            np.testing.assert_array_equal(tensor.read(), informed.tensors[name].read())
+
+
+@pytest.mark.parametrize(("case", "shape", "field"), [
+    ({"model_type": "qwen3"}, (21, 20), "qk_norm"),
+    ({"model_type": "llama", "mlp_bias": True}, (21, 20), "mlp_bias"),
+    ({"model_type": "deepseek_v3"}, (21, 20), "model_type"),
+    ({"model_type": "llama"}, (21, 22), "rope"), ({"model_type": "llama"}, (21, 7), "rope"),
+    ({"model_type": "llama"}, (1, 20), "latent"), ({"model_type": "llama"}, (40, 20), "latent"),
+])  # fmt: skip
+def test_what_cannot_be_reshaped_is_refused_by_name(
+    case: dict[str, Any], shape: tuple[int, int], field: str
+) -> None:
+    _, source = tiny(case)
+    with pytest.raises(ConfigError) as refused:
+        reshape(source, Shape(latent=shape[0], rope=shape[1]))
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(("shape", "field"), [
+    (ExpertShape(how="melt", experts=4, active=2), "moe"), (ExpertShape(how="split", experts=4, active=2), "experts"),
+    (ExpertShape(how="copy", experts=4, active=2, shared=1), "shared"),
+    (ExpertShape(how="split", experts=5, active=6), "num_experts_per_tok"),
+    (ExpertShape(how="copy", experts=5, active=1, first_k_dense_replace=2), "first_k_dense_replace"),
+], ids=str)  # fmt: skip
+def test_experts_that_do_not_fit_are_refused_by_name(shape: ExpertShape, field: str) -> None:
+    _, source = tiny({"model_type": "llama"})
+    with pytest.raises(ConfigError) as refused:
+        shape.config(source.config)
+    assert refused.value.field == field
+
+
+def test_norms_leave_the_latent_alone_in_bfloat16_too(tmp_path: Path) -> None:
+    """The constants are numbers that bfloat16 holds, so rounding every weight costs no more than rounding the source."""
+    hf, source = tiny({"model_type": "qwen2", "hidden_size": 48})
+    tokens = some_tokens(T)
+    before = logits(source, tokens)
+    costs = []
+    for one in (source, reshape(source, Shape.full(source.config))):
+        save_folder(replace(one, load_tokenizer=no_tokenizer), tmp_path / one.config.model_type, dtype="bfloat16")
+        costs.append(apart(logits(open_checkpoint(tmp_path / one.config.model_type), tokens), before))
+    assert costs[1] < 1.5 * costs[0]
