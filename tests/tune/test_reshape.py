@@ -149,9 +149,7 @@ def test_calibration_and_a_fit_each_bring_the_small_model_closer() -> None:
     ({"model_type": "llama"}, (21, 22), "rope"), ({"model_type": "llama"}, (21, 7), "rope"),
     ({"model_type": "llama"}, (1, 20), "latent"), ({"model_type": "llama"}, (40, 20), "latent"),
 ])  # fmt: skip
-def test_what_cannot_be_reshaped_is_refused_by_name(
-    case: dict[str, Any], shape: tuple[int, int], field: str
-) -> None:
+def test_what_cannot_be_reshaped_is_refused_by_name(case: dict[str, Any], shape: tuple[int, int], field: str) -> None:
     _, source = tiny(case)
     with pytest.raises(ConfigError) as refused:
         reshape(source, Shape(latent=shape[0], rope=shape[1]))
@@ -172,8 +170,8 @@ def test_experts_that_do_not_fit_are_refused_by_name(shape: ExpertShape, field: 
 
 
 def test_norms_leave_the_latent_alone_in_bfloat16_too(tmp_path: Path) -> None:
-    """The constants are numbers that bfloat16 holds, so rounding every weight costs no more than rounding the source."""
-    hf, source = tiny({"model_type": "qwen2", "hidden_size": 48})
+    """The constants are numbers that bfloat16 holds, so rounding costs no more than it does the source."""
+    _, source = tiny({"model_type": "qwen2", "hidden_size": 48})
     tokens = some_tokens(T)
     before = logits(source, tokens)
     costs = []

@@ -135,7 +135,7 @@ def _rope(family: str, rope: RopeConfig) -> dict[str, Any]:
             "linear": ("factor",),
             "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
             "yarn": ROPE_FIELDS[:7],
-            "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+            "longrope": (*ROPE_FIELDS[:2], "attention_factor", "short_factor", "long_factor"),
         }[rope.scaling.rope_type]
         values = {name: getattr(rope.scaling, name) for name in names}
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}

@@ -1,8 +1,8 @@
 """Another shape for a trained model: latent attention for grouped-query attention, experts for a dense feed-forward."""
 
 from shoal.tune.reshape.experts import ExpertShape, with_experts
-from shoal.tune.reshape.fit import fit
+from shoal.tune.reshape.fit import LayerFit, fit
 from shoal.tune.reshape.moments import measure
-from shoal.tune.reshape.reshape import Shape, reshape
+from shoal.tune.reshape.reshape import Shape, choose_shape, reshape
 
-__all__ = ["ExpertShape", "Shape", "fit", "measure", "reshape", "with_experts"]
+__all__ = ["ExpertShape", "LayerFit", "Shape", "choose_shape", "fit", "measure", "reshape", "with_experts"]

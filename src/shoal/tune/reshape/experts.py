@@ -2,15 +2,15 @@
 
 `split`: the hidden units are shared out. Those that matter for every token become the shared experts, the others are
 grouped by how they are active together on a text (MoEfication, arXiv 2110.01786; LLaMA-MoE, arXiv 2406.16554), and the
-router is a linear prediction, from the layer's input, of how much of the output each group makes. With every expert
+router predicts from the layer's input, linearly, how much of the output each group makes. With every expert
 active the layer computes what it did; with fewer it leaves the smallest parts out.
 
 `copy`: every expert is the whole layer (sparse upcycling, arXiv 2212.05055). Weights of the active ones sum to one, so
 the layer computes what it did until training drives the copies apart.
 
 The weight of an active expert of a split layer must be 1. DeepSeek's weights are sigmoid scores over their sum times
-`routed_scaling_factor`; so the router's logits are kept tiny (they order the experts all the same) and the factor is the
-number of active experts.
+`routed_scaling_factor`; so the router's logits are kept tiny, which orders the experts all the same, and the factor is
+the number of active experts.
 
 Letters: T tokens, D model, F hidden units, E experts, W hidden units of an expert.
 """
@@ -31,6 +31,7 @@ from shoal.formats.checkpoint import Checkpoint
 from shoal.model import Model
 from shoal.model.mlp import MLP
 from shoal.model.rope import rope_table
+from shoal.tune.reshape.layer import block_of
 from shoal.tune.reshape.tensors import with_tensors
 
 TINY = 1e-3  # standard deviation of a split router's logits: weights then differ from 1 by a few in ten thousand
@@ -89,7 +90,8 @@ def with_experts(
     for layer in range(config.num_hidden_layers):
         units = next(seen) if seen is not None else None
         if layer >= shape.first_k_dense_replace:
-            mlp = model.model.layers[layer].mlp
+            mlp = block_of(model, layer).mlp
+            assert isinstance(mlp, MLP)
             tensors = split(mlp, moe, units) if units is not None else copy(mlp, moe, layer)
             made.update({f"model.layers.{layer}.mlp.{name}": value for name, value in tensors.items()})
         if progress is not None:
@@ -111,7 +113,8 @@ def observe(model: Model, windows: Sequence[Sequence[int]]) -> Iterator[Units]:
     rope = rope_table(model.config.rope, model.config.attention.rope_dim, torch.arange(tokens_BT.shape[1]))
     x_BTD = model.model.embed_tokens(tokens_BT)
     for index in range(model.config.num_hidden_layers):
-        block = model.model.layers[index]
+        block = block_of(model, index)
+        assert isinstance(block.mlp, MLP)
         x_BTD = x_BTD + block.self_attn(block.input_layernorm(x_BTD), rope, None)
         h_TD = block.post_attention_layernorm(x_BTD).flatten(0, 1)
         units_TF = F.silu(block.mlp.gate_proj(h_TD)) * block.mlp.up_proj(h_TD)

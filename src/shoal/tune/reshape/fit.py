@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from shoal.formats.checkpoint import Checkpoint
 from shoal.model import Model, load_model
+from shoal.model.block import Block
 from shoal.model.mla import MLA
-from shoal.model.rope import rope_table
+from shoal.model.rope import RopeTable, rope_table
+from shoal.tune.reshape.layer import block_of
 from shoal.tune.reshape.tensors import with_tensors
 
 BATCH = 4  # windows of a step
@@ -63,7 +65,7 @@ def fit(
         old_BTD = source.model.embed_tokens(tokens_BT)
         new_BTD = old_BTD.clone()
     for index in range(source.config.num_hidden_layers):
-        old, new = source.model.layers[index], student.model.layers[index]
+        old, new = block_of(source, index), block_of(student, index)
         with torch.no_grad():
             for rows in _rows(len(old_BTD)):
                 old_BTD[rows] += old.self_attn(old.input_layernorm(old_BTD[rows]), old_rope, None)
@@ -71,12 +73,9 @@ def fit(
         wanted_BTD = old_BTD - new_BTD
         size_BT1 = old_BTD.square().mean(-1, keepdim=True)
 
-        def error(rows: Tensor, new=new, input_BTD=input_BTD, wanted_BTD=wanted_BTD, size_BT1=size_BT1) -> Tensor:  # type: ignore[no-untyped-def]
-            made = new.self_attn(input_BTD[rows], new_rope, None)
-            return ((made - wanted_BTD[rows]).square() / size_BT1[rows]).mean()
-
+        attention, error = _error_of(new, new_rope, input_BTD, wanted_BTD, size_BT1)
         before = _mean_error(error, len(old_BTD))
-        _train(new.self_attn, error, len(old_BTD), epochs, lr, generator)
+        _train(attention, error, len(old_BTD), epochs, lr, generator)
         after = _mean_error(error, len(old_BTD))
         with torch.no_grad():
             for rows in _rows(len(old_BTD)):
@@ -87,6 +86,19 @@ def fit(
             report(LayerFit(index, before, after))
     made = {name: value.detach() for name, value in student.state_dict().items() if ".self_attn." in name}
     return with_tensors(reshaped, reshaped.config, made)
+
+
+def _error_of(
+    block: Block, rope: RopeTable, input_BTD: Tensor, wanted_BTD: Tensor, size_BT1: Tensor
+) -> tuple[MLA, Callable[[Tensor], Tensor]]:
+    attention = block.self_attn
+    assert isinstance(attention, MLA)
+
+    def error(rows: Tensor) -> Tensor:
+        made_BTD: Tensor = attention(input_BTD[rows], rope, None)
+        return ((made_BTD - wanted_BTD[rows]).square() / size_BT1[rows]).mean()
+
+    return attention, error
 
 
 def trained_parts(attention: MLA) -> Iterator[nn.Parameter]:
@@ -126,16 +138,16 @@ def _train(
         optimiser, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     for _ in range(epochs):
-        for rows in torch.randperm(count, generator=generator).split(BATCH):
+        for rows in torch.split(torch.randperm(count, generator=generator), BATCH):
             optimiser.zero_grad(set_to_none=True)
-            error(rows).backward()
+            error(rows).backward()  # type: ignore[no-untyped-call]
             hold_constants(attention)
             optimiser.step()
             schedule.step()
 
 
 def _rows(count: int) -> list[Tensor]:
-    return list(torch.arange(count).split(BATCH))
+    return list(torch.split(torch.arange(count), BATCH))
 
 
 @torch.no_grad()

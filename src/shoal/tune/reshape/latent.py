@@ -1,7 +1,7 @@
 """A layer of grouped-query attention written as multi-head latent attention.
 
-The rotary key: chosen components of the keys (`slots`), two dimensions each. Everything else of the keys, unrotated, and
-all values are one linear map of the layer's input; its best approximation of rank C − 1 is the latent (a joint singular
+The rotary key: chosen components of the keys (`slots`), two dimensions each. All else of the keys, unrotated, and all
+values are one linear map of the layer's input; its best approximation of rank C − 1 is the latent (a joint singular
 value decomposition, as in TransMLA, arXiv 2502.07864, and MHA2MLA, arXiv 2502.14837). "Best" is measured where it
 counts: inputs as they occur, an error in a key by the queries that meet it and by what a wrong score costs, an error in
 a value by the output projection. Both errors are then in the unit of the layer's output, so keys and values share the
@@ -13,7 +13,7 @@ fixed factor, exact to |c|² / (2 · LARGE² · C). The constant comes from the 
 (`attention_bias`), and behind the norm it carries the mean of keys and values and their biases. Queries with a bias
 (Qwen2) pass through a compressed query of full rank with a constant of the same kind.
 
-Letters: X = D + 1 inputs with their constant, N query heads, G key-value heads, P pairs of a head, H nope, V value head,
+Letters: X = D + 1 inputs with their constant, N query heads, G key-value heads, P pairs of a head, H nope, V value,
 R rope, C latent, Y = G · (H + V) rows of what the latent stands for.
 """
 
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.config import GQAConfig
 from shoal.tune.reshape.layer import GQALayer, real_rows
 from shoal.tune.reshape.moments import Moments
 from shoal.tune.reshape.slots import components
@@ -58,13 +59,14 @@ class Widths:
         """H: the pairs with something left, and at least one, as the layout demands."""
         return 2 * max(1, len(self.nope_pairs(kv_heads)))
 
+    def most_latent(self, gqa: GQAConfig) -> int:
+        """C that cuts nothing off."""
+        return gqa.num_key_value_heads * (2 * len(self.nope_pairs(gqa.num_key_value_heads)) + gqa.head_dim) + 1
+
 
 def to_latent(layer: GQALayer, moments: Moments, widths: Widths) -> dict[str, Tensor]:
     """The `self_attn` weights of the layer as DeepSeek-V3 names them. Float64."""
-    rotary_RX, lift_NQP, left_GPX = _rotary(layer, moments, widths)
-    left_GPX = left_GPX[:, widths.nope_pairs(len(left_GPX))]
-    nope_GHX = torch.stack([real_rows(left_PX) for left_PX in left_GPX])
-    nope_GHX = F.pad(nope_GHX, (0, 0, 0, widths.nope(len(left_GPX)) - nope_GHX.shape[1]))
+    rotary_RX, lift_NQP, nope_GHX = _rotary(layer, moments, widths)
     weight, bias, up_GYC = _latent(layer, moments, nope_GHX, widths)
     out_bias_D = layer.out_bias_D
     out = {
@@ -80,8 +82,8 @@ def to_latent(layer: GQALayer, moments: Moments, widths: Widths) -> dict[str, Te
 
 
 def _rotary(layer: GQALayer, moments: Moments, widths: Widths) -> tuple[Tensor, Tensor, Tensor]:
-    """The rotary key's rows [R, X]; what each head's query pairs become [N, nope pairs then slots, P], complex; and what
-    is left of the keys, to be seen without rotation [G, P, X], complex."""
+    """The rotary key's rows [R, X]; what each head's query pairs become [N, nope pairs then slots, P], complex; and
+    what is left of the keys, to be seen without rotation [G, H, X]."""
     found = components(layer, moments)
     heads, pairs = layer.query_NPX.shape[:2]
 
@@ -99,7 +101,10 @@ def _rotary(layer: GQALayer, moments: Moments, widths: Widths) -> tuple[Tensor, 
         left_PGX[pair] -= give_GK @ taken_KX
         lifts += [one_pair(pair, factor_G.conj().repeat_interleave(layer.group)) for factor_G in give_GK.T]
     left_PGX *= moments.still_P[:, None, None]
-    return real_rows(torch.cat(rows)), torch.stack(lifts, dim=1), left_PGX.transpose(0, 1)
+    left_PGX = left_PGX[widths.nope_pairs(len(layer.key_GPX))]
+    nope_GHX = torch.stack([real_rows(left_PX) for left_PX in left_PGX.transpose(0, 1)])
+    nope_GHX = F.pad(nope_GHX, (0, 0, 0, widths.nope(len(nope_GHX)) - nope_GHX.shape[1]))
+    return real_rows(torch.cat(rows)), torch.stack(lifts, dim=1), nope_GHX
 
 
 def _queries(layer: GQALayer, moments: Moments, lift_NQP: Tensor, widths: Widths) -> dict[str, Tensor]:
@@ -110,7 +115,7 @@ def _queries(layer: GQALayer, moments: Moments, lift_NQP: Tensor, widths: Widths
     low_NZX = torch.stack([real_rows(query_PX) for query_PX in layer.query_NPX])
     if not widths.query_bias:
         return {"q_proj.weight": (turn_NQZ @ low_NZX)[..., :-1].flatten(0, 1)}
-    turn, low = torch.block_diag(*turn_NQZ), low_NZX.flatten(0, 1)
+    turn, low = torch.block_diag(*turn_NQZ), low_NZX.flatten(0, 1)  # type: ignore[no-untyped-call]
     rank = len(low) + 1
     size = ((low @ moments.query_XX) * low).sum(1).mean().sqrt().clamp_min(1e-12)
     weight, bias = _with_constant(low[:, :-1] / size, low.new_zeros(len(low)))
@@ -120,26 +125,39 @@ def _queries(layer: GQALayer, moments: Moments, lift_NQP: Tensor, widths: Widths
     }  # fmt: skip
 
 
+def cut_off(layer: GQALayer, moments: Moments, widths: Widths) -> float:
+    """Mean square error of the layer's output by what the latent's rank cuts off, to first order."""
+    _, _, nope_GHX = _rotary(layer, moments, widths)
+    energy_Y = torch.linalg.eigvalsh(_felt(layer, moments, nope_GHX, widths)[2])
+    return float(energy_Y[: len(energy_Y) - widths.latent + 1].clamp_min(0).sum())
+
+
+def _felt(layer: GQALayer, moments: Moments, nope_GHX: Tensor, widths: Widths) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values in the unit of the layer's output: their map [Y, X], how to undo that unit [G, H + V, H + V], and
+    their covariance [Y, Y]."""
+    values_GVV = _by_group(layer.out_NDH.mT @ layer.out_NDH, layer)
+    weights = zip(_key_weights(layer, moments, widths), values_GVV, strict=True)
+    blocks = [torch.block_diag(*pair) for pair in weights]  # type: ignore[no-untyped-call]
+    roots = [_roots(block_YY) for block_YY in blocks]
+    wanted_GYX = torch.cat([nope_GHX, layer.value_GHX], dim=1)
+    felt_YX = torch.cat([root_YY @ wanted_YX for (root_YY, _), wanted_YX in zip(roots, wanted_GYX, strict=True)])
+    mean_X = moments.mean_X
+    spread_XX = moments.keys_XX / moments.keys_XX[-1, -1] - torch.outer(mean_X, mean_X)
+    return felt_YX, torch.stack([inverse_YY for _, inverse_YY in roots]), felt_YX @ spread_XX @ felt_YX.T
+
+
 def _latent(layer: GQALayer, moments: Moments, nope_GHX: Tensor, widths: Widths) -> tuple[Tensor, Tensor, Tensor]:
     """kv_a rows of the latent and their biases, and kv_b [G, H + V, C]."""
-    group, rank = layer.group, widths.latent - 1
-    wanted_GYX = torch.cat([nope_GHX, layer.value_GHX], dim=1)
-    mean_X = moments.keys_XX[-1] / moments.keys_XX[-1, -1]
-    spread_XX = moments.keys_XX / moments.keys_XX[-1, -1] - torch.outer(mean_X, mean_X)
-    root_GYY, inverse_GYY = zip(
-        *(_roots(torch.block_diag(keys_HH, values_VV)) for keys_HH, values_VV in zip(
-            _key_weights(layer, moments, widths),
-            (layer.out_NDH.mT @ layer.out_NDH).unflatten(0, (-1, group)).sum(1), strict=True
-        )), strict=True
-    )  # fmt: skip
-    felt_YX = torch.cat([root_YY @ wanted_YX for root_YY, wanted_YX in zip(root_GYY, wanted_GYX, strict=True)])
-    energy_Y, basis_YY = torch.linalg.eigh(felt_YX @ spread_XX @ felt_YX.T)
+    rank = widths.latent - 1
+    felt_YX, inverse_GYY, covariance_YY = _felt(layer, moments, nope_GHX, widths)
+    energy_Y, basis_YY = torch.linalg.eigh(covariance_YY)
     basis_YK = basis_YY[:, -rank:].flip(1)
     size = energy_Y[-rank:].clamp_min(0).mean().sqrt().clamp_min(1e-12)
     down_KX = basis_YK.T @ felt_YX / size
-    weight, bias = _with_constant(down_KX[:, :-1], -down_KX[:, :-1] @ mean_X[:-1])
-    up_GYK = torch.stack(inverse_GYY) @ basis_YK.unflatten(0, (len(nope_GHX), -1)) * size
-    return weight, bias, _behind_norm(up_GYK, wanted_GYX @ mean_X)
+    weight, bias = _with_constant(down_KX[:, :-1], -down_KX[:, :-1] @ moments.mean_X[:-1])
+    up_GYK = inverse_GYY @ basis_YK.reshape(len(nope_GHX), -1, rank) * size
+    wanted_GYX = torch.cat([nope_GHX, layer.value_GHX], dim=1)
+    return weight, bias, _behind_norm(up_GYK, wanted_GYX @ moments.mean_X)
 
 
 def _key_weights(layer: GQALayer, moments: Moments, widths: Widths) -> Tensor:
@@ -148,7 +166,12 @@ def _key_weights(layer: GQALayer, moments: Moments, widths: Widths) -> Tensor:
     query_NHX = torch.stack([real_rows(query_PX[widths.nope_pairs(kv_heads)]) for query_PX in layer.query_NPX])
     moment_NHH = query_NHX @ moments.query_XX @ query_NHX.mT * moments.heads_N[:, None, None]
     spare = widths.nope(kv_heads) - moment_NHH.shape[1]
-    return F.pad(moment_NHH, (0, spare, 0, spare)).unflatten(0, (-1, layer.group)).sum(1)
+    return _by_group(F.pad(moment_NHH, (0, spare, 0, spare)), layer)
+
+
+def _by_group(matrix_NHH: Tensor, layer: GQALayer) -> Tensor:
+    """Sums over the query heads of each KV head. [G, H, H]."""
+    return matrix_NHH.view(-1, layer.group, *matrix_NHH.shape[1:]).sum(1)
 
 
 def _roots(moment_YY: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,8 +183,9 @@ def _roots(moment_YY: Tensor) -> tuple[Tensor, Tensor]:
 
 def _real_matrix(map_QP: Tensor) -> Tensor:
     """A complex matrix as one that acts on interleaved real and imaginary parts. [2Q, 2P]."""
-    rows_QPab = torch.stack([torch.stack([map_QP.real, -map_QP.imag], -1), torch.stack([map_QP.imag, map_QP.real], -1)], 1)
-    return rows_QPab.flatten(2).flatten(0, 1)
+    top_QZ = torch.stack([map_QP.real, -map_QP.imag], dim=-1).flatten(1)
+    bottom_QZ = torch.stack([map_QP.imag, map_QP.real], dim=-1).flatten(1)
+    return torch.stack([top_QZ, bottom_QZ], dim=1).flatten(0, 1)
 
 
 def _with_constant(weight_KD: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:

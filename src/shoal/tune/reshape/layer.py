@@ -1,14 +1,15 @@
 """One layer of grouped-query attention, read as numbers that its latent form can be computed from.
 
 Every map carries its bias as one more column, so that inputs are [h; 1]. A head's rotary pairs are complex numbers
-z = x_a + i·x_b: a rotation by an angle is a factor e^{iθ}, and complex-linear maps commute with it.
+z = x_a + i·x_b: to turn one by an angle is to multiply it by e^{iθ}, and complex-linear maps commute with that.
 
-Letters: X = D + 1 inputs with their constant, N query heads, G key-value heads, Q = N / G, H head width, P = H / 2 pairs.
+Letters: X = D + 1 inputs with their constant, N query heads, G key-value heads, H head width, P = H / 2 pairs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from shoal import positions
 from shoal.config import GQAConfig, ModelConfig
 from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint
+from shoal.model import Model
+from shoal.model.block import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,11 @@ def attention_of(config: ModelConfig) -> GQAConfig:
     return attention
 
 
+def block_of(model: Model, index: int) -> Block:
+    """A layer of a model, as the type checker wants it said."""
+    return cast(Block, model.model.layers[index])
+
+
 def read_layer(checkpoint: Checkpoint, layer: int) -> GQALayer:
     """The attention of a layer from a llama or qwen2 checkpoint."""
     config = checkpoint.config
@@ -60,7 +68,8 @@ def read_layer(checkpoint: Checkpoint, layer: int) -> GQALayer:
     def affine(name: str) -> Tensor:
         weight = read(f"self_attn.{name}.weight")
         bias = read(f"self_attn.{name}.bias") if gqa.qkv_bias else weight.new_zeros(len(weight))
-        return torch.cat([weight, bias[:, None]], dim=1).unflatten(0, (-1, gqa.head_dim))
+        rows = torch.cat([weight, bias[:, None]], dim=1)
+        return rows.view(-1, gqa.head_dim, weight.shape[1] + 1)
 
     scale = positions.softmax_scale(gqa, config.rope) * positions.attention_factor(config.rope.scaling) ** 2
     out = read("self_attn.o_proj.weight")
@@ -68,7 +77,7 @@ def read_layer(checkpoint: Checkpoint, layer: int) -> GQALayer:
         query_NPX=_pairs(affine("q_proj"), config.rope.interleave) * scale,
         key_GPX=_pairs(affine("k_proj"), config.rope.interleave),
         value_GHX=affine("v_proj"),
-        out_NDH=out.unflatten(1, (-1, gqa.head_dim)).transpose(0, 1),
+        out_NDH=out.view(len(out), -1, gqa.head_dim).transpose(0, 1),
         out_bias_D=read("self_attn.o_proj.bias") if gqa.o_bias else None,
         input_norm_D=read("input_layernorm.weight"),
     )

@@ -18,7 +18,7 @@ from shoal.model import Model
 from shoal.model.attend import causal_mask
 from shoal.model.gqa import GQA
 from shoal.model.rope import RopeTable, rope_table, rotate
-from shoal.tune.reshape.layer import GQALayer
+from shoal.tune.reshape.layer import GQALayer, block_of
 
 NEAR = 0.5  # share of the distances that count as attention weighs them; the others are spread evenly
 
@@ -38,6 +38,11 @@ class Moments:
     keys_XX: Tensor
     heads_N: Tensor
     still_P: Tensor
+
+    @property
+    def mean_X(self) -> Tensor:
+        """E[x], tokens weighted as in `keys_XX`."""
+        return self.keys_XX[-1] / self.keys_XX[-1, -1]
 
 
 def assume(layer: GQALayer, config: ModelConfig, length: int) -> Moments:
@@ -63,7 +68,8 @@ def measure(
     x_BTD = model.model.embed_tokens(tokens_BT)
     out: list[Moments] = []
     for index in range(config.num_hidden_layers):
-        block = model.model.layers[index]
+        block = block_of(model, index)
+        assert isinstance(block.self_attn, GQA)
         total = _Totals(config, tokens_BT.shape[1])
         for row in range(len(x_BTD)):
             total.add(block.self_attn, block.input_layernorm(x_BTD[row]), rope)
@@ -88,7 +94,7 @@ class _Totals:
 
     def add(self, attention: GQA, h_TD: Tensor, rope: RopeTable) -> None:
         probs_NTS, values_NSH, out_NTH = _attend(attention, h_TD, rope)
-        out_NDH = attention.o_proj.weight.unflatten(1, (len(probs_NTS), -1)).transpose(0, 1)
+        out_NDH = attention.o_proj.weight.view(h_TD.shape[1], len(probs_NTS), -1).transpose(0, 1)
         gram_NHH = out_NDH.mT @ out_NDH
         # |W_o (v_s − out_t)|² = v·Gv − 2 out·Gv + out·G·out, for every pair of tokens.
         gv_NSH = values_NSH @ gram_NHH

@@ -13,12 +13,13 @@ from shoal import positions
 from shoal.config import MLAConfig, ModelConfig, RopeConfig, RopeScaling
 from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint
-from shoal.tune.reshape.latent import Widths, to_latent
-from shoal.tune.reshape.layer import attention_of, read_layer
+from shoal.tune.reshape.latent import Widths, cut_off, to_latent
+from shoal.tune.reshape.layer import GQALayer, attention_of, read_layer
 from shoal.tune.reshape.moments import Moments, assume
 from shoal.tune.reshape.slots import choose_slots, components, contributions
 from shoal.tune.reshape.tensors import with_tensors
 
+ROPE_STEP = 8  # rotary widths that `choose_shape` tries
 Progress = Callable[[int, int], None]
 
 
@@ -79,14 +80,46 @@ def reshape(
     return with_tensors(checkpoint, new_config, made)
 
 
+def choose_shape(checkpoint: Checkpoint, cache: int, moments: Sequence[Moments]) -> Shape:
+    """Share `cache` values out between latent and rotary key where the sum of both losses is least.
+
+    Both are mean square errors of the layers' outputs: rotations left out (`slots.contributions`) and the energy that
+    the latent's rank cuts off (`latent.cut_off`).
+    """
+    config = checkpoint.config
+    gqa = attention_of(config)
+    width = gqa.num_key_value_heads * gqa.head_dim
+    layers = [read_layer(checkpoint, index) for index in range(config.num_hidden_layers)]
+    worth_LPG = _worth(layers, moments)
+    best: tuple[float, Shape] | None = None
+    for rope in range(ROPE_STEP, min(width, cache - 2) + 1, ROPE_STEP):
+        slots_P = choose_slots(worth_LPG, rope // 2)
+        shape = Shape(latent=cache - rope, rope=rope)
+        widths = Widths(slots_P=slots_P, latent=shape.latent, query_bias=gqa.qkv_bias)
+        if shape.latent > widths.most_latent(gqa):
+            continue
+        kept = torch.arange(worth_LPG.shape[2]) < slots_P[:, None]
+        lost = float(worth_LPG.sum(0)[~kept].sum())
+        lost += sum(cut_off(layer, one, widths) for layer, one in zip(layers, moments, strict=True))
+        if best is None or lost < best[0]:
+            best = lost, shape
+    if best is None:
+        raise ConfigError("cache", f"{cache} is too small to share out")
+    return best[1]
+
+
+def _worth(layers: Sequence[GQALayer], moments: Sequence[Moments]) -> Tensor:
+    pairs = zip(layers, moments, strict=True)
+    return torch.stack([contributions(components(layer, one), one) for layer, one in pairs])
+
+
 def choose_widths(checkpoint: Checkpoint, shape: Shape, moments: Sequence[Moments]) -> Widths:
-    worth = []
-    for index, one in enumerate(moments):
-        worth.append(contributions(components(read_layer(checkpoint, index), one), one))
-    slots_P = choose_slots(torch.stack(worth), shape.rope // 2)
+    """The slots of all layers for a shape. ConfigError if its latent has no use for so much room."""
+    layers = [read_layer(checkpoint, index) for index in range(len(moments))]
+    slots_P = choose_slots(_worth(layers, moments), shape.rope // 2)
     gqa = attention_of(checkpoint.config)
     widths = Widths(slots_P=slots_P, latent=shape.latent, query_bias=gqa.qkv_bias)
-    most = gqa.num_key_value_heads * (2 * len(widths.nope_pairs(gqa.num_key_value_heads)) + gqa.head_dim) + 1
+    most = widths.most_latent(gqa)
     if shape.latent > most:
         problem = f"{shape.latent} holds more than there is: with {shape.rope} rotary dimensions {most} lose nothing"
         raise ConfigError("latent", problem)

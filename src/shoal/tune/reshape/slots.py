@@ -40,7 +40,7 @@ class Components(NamedTuple):
 def components(layer: GQALayer, moments: Moments) -> Components:
     """Principal components of the keys at each frequency, heads weighted by the energy of their queries."""
     listen_NP = quadratic(layer.query_NPX, moments.query_XX)
-    listen_GP = (listen_NP * moments.heads_N[:, None]).unflatten(0, (-1, layer.group)).sum(1)
+    listen_GP = (listen_NP * moments.heads_N[:, None]).view(-1, layer.group, listen_NP.shape[1]).sum(1)
     weight_PG = listen_GP.T.sqrt()
     weight_PG = weight_PG.clamp_min(1e-6 * weight_PG.max().clamp_min(1e-30))
     key_PGX = layer.key_GPX.transpose(0, 1)
@@ -63,7 +63,7 @@ def contributions(found: Components, moments: Moments) -> Tensor:
 
 
 def choose_slots(worth_LPG: Tensor, slots: int) -> Tensor:
-    """How many components of each frequency keep their rotation: those worth most over all layers. [P], sums to `slots`.
+    """How many components of each frequency keep their rotation, the ones worth most over all layers. [P].
 
     Within a frequency the components of every layer fall in worth, so the best ones are always the first ones.
     """
