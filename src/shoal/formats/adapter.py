@@ -65,7 +65,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        return self.a.shape[1]
+        return int(self.a.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,9 +273,9 @@ def write_adapter(adapter: Adapter, config: ModelConfig, folder: Path) -> None:
     arrays = {}
     stacks: dict[str, list[str]] = defaultdict(list)
     for target in adapter.parts:
-        module, _, part = target.rpartition(".")
-        if part in _STACKS and module.endswith(".mlp.experts"):
-            stacks[module].append(part)
+        module, _, name = target.rpartition(".")
+        if name in _STACKS and module.endswith(".mlp.experts"):
+            stacks[module].append(name)
     for target, part in adapter.parts.items():
         module, _, name = target.rpartition(".")
         if module in stacks:

@@ -91,7 +91,7 @@ def as_checkpoint(model: Model, *, like: Checkpoint | None = None) -> Checkpoint
 
 
 def fill(target: Tensor, source: LazyTensor) -> None:
-    """Read a tensor into memory that is there already, chunk by chunk. FileError if the file holds more or fewer rows."""
+    """Read a tensor, chunk by chunk, into memory that is there already. FileError if it has more or fewer rows."""
     row = 0
     for chunk in source.chunks():
         if row + len(chunk) > len(target) or chunk.shape[1:] != target.shape[1:]:

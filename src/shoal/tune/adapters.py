@@ -1,4 +1,4 @@
-"""Low-rank adapters over a frozen `Model`: W x becomes W x + scale · B A x, with A and B alone trained (LoRA, 2106.09685).
+"""Low-rank adapters over a frozen `Model`: W x becomes W x + scale · B A x, with A and B alone trained (LoRA).
 
 A target is named as PEFT names it (`formats.adapter`): a linear layer, or a stack of experts, whose gate and up halves
 share A. Each expert of a stack has a rank of its own, 0 for most: ESFT (arXiv 2407.01906) found that a task uses few.
@@ -231,5 +231,5 @@ def attach_adapter(model: Model, adapter: Adapter) -> dict[str, Factors]:
 
 def _own_ranks(part: LowRank) -> list[int]:
     """The rank of each matrix without the zeros that filled it up."""
-    used_ER = part.a.any(2) | part.b.any(1)
+    used_ER = np.abs(part.a).max(2) + np.abs(part.b).max(1) > 0
     return [int(np.flatnonzero(used_R).max(initial=-1)) + 1 for used_R in used_ER]

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -51,7 +51,7 @@ class Example:
     line: int = 0
 
 
-class _Bad(Exception):
+class _BadFieldError(Exception):
     """What is wrong with a line: the field and the problem."""
 
     def __init__(self, field: str, problem: str) -> None:
@@ -77,9 +77,9 @@ def read_examples(path: str | Path, *, shape: str = "auto") -> list[Example]:
             shape = _detect(path, number, record)
         try:
             if not isinstance(record, dict):
-                raise _Bad("", "must be a JSON object")
+                raise _BadFieldError("", "must be a JSON object")
             example = SHAPES[shape](record)
-        except _Bad as bad:
+        except _BadFieldError as bad:
             raise FileError(f"{path}:{number}", bad.problem, item=bad.field or None) from None
         out.append(Example(**{**example, "line": number}))
     if not out:
@@ -101,7 +101,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         raise FileError(path, f"cannot be read: {error.strerror or error}") from None
 
 
-def _line_records(path: Path, line: bytes, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+def _line_records(path: Path, line: bytes, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, Any]]:
     number = 1
     line = line.removeprefix(b"\xef\xbb\xbf")
     while line:
@@ -166,18 +166,18 @@ def _from_alpaca(record: Json) -> dict[str, Any]:
 def _from_sharegpt(record: Json) -> dict[str, Any]:
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise _Bad("conversations", "must be a list of turns")
+        raise _BadFieldError("conversations", "must be a list of turns")
     system = _text(record, "system", needed=False)
     messages = [{"role": "system", "content": system}] if system else []
     for index, turn in enumerate(turns):
         where = f"conversations[{index}]"
         if not isinstance(turn, dict):
-            raise _Bad(where, "must be an object")
+            raise _BadFieldError(where, "must be an object")
         speaker, text = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or speaker.lower() not in _SPEAKERS:
-            raise _Bad(f"{where}.from", f"{speaker!r} is not one of {', '.join(_SPEAKERS)}")
+            raise _BadFieldError(f"{where}.from", f"{speaker!r} is not one of {', '.join(_SPEAKERS)}")
         if not isinstance(text, str):
-            raise _Bad(f"{where}.value", "must be text")
+            raise _BadFieldError(f"{where}.value", "must be text")
         message = {"role": _SPEAKERS[speaker.lower()], "content": text}
         messages.append({**message, "weight": turn["weight"]} if "weight" in turn else message)
     return {"messages": _with_answer(messages, "conversations")}
@@ -197,32 +197,32 @@ def _conversation(value: Any, where: str) -> list[Json]:
 
 def _messages(value: Any, where: str) -> list[Json]:
     if not isinstance(value, list) or not value:
-        raise _Bad(where, "must be a list of messages")
+        raise _BadFieldError(where, "must be a list of messages")
     for index, message in enumerate(value):
         here = f"{where}[{index}]"
         if not isinstance(message, dict):
-            raise _Bad(here, "must be an object")
+            raise _BadFieldError(here, "must be an object")
         if message.get("role") not in ROLES:
-            raise _Bad(f"{here}.role", f"{message.get('role')!r} is not one of {', '.join(ROLES)}")
+            raise _BadFieldError(f"{here}.role", f"{message.get('role')!r} is not one of {', '.join(ROLES)}")
         content = message.get("content")
         calls = message.get("tool_calls")
         if not isinstance(content, (str, list)) and not (content is None and calls):
-            raise _Bad(f"{here}.content", "must be text or a list of text parts")
+            raise _BadFieldError(f"{here}.content", "must be text or a list of text parts")
         if message.get("weight", 1) not in (0, 1):
-            raise _Bad(f"{here}.weight", "must be 0 or 1")
+            raise _BadFieldError(f"{here}.weight", "must be 0 or 1")
     return value
 
 
 def _with_answer(messages: list[Any], where: str) -> list[Json]:
     if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
-        raise _Bad(where, "hold no assistant message to learn from")
+        raise _BadFieldError(where, "hold no assistant message to learn from")
     return messages
 
 
 def _tools(record: Json) -> list[Json] | None:
     tools = record.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise _Bad("tools", "must be a list of objects")
+        raise _BadFieldError("tools", "must be a list of objects")
     return tools
 
 
@@ -231,7 +231,7 @@ def _text(record: Json, name: str, *, needed: bool = True, empty: bool = True) -
     if value is None and not needed:
         return ""
     if not isinstance(value, str):
-        raise _Bad(name, "is missing" if value is None else "must be text")
+        raise _BadFieldError(name, "is missing" if value is None else "must be text")
     if not value and not empty:
-        raise _Bad(name, "is empty")
+        raise _BadFieldError(name, "is empty")
     return value

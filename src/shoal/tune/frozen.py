@@ -68,7 +68,7 @@ class FrozenMatrix(nn.Module):
 
     def linear(self, x: Tensor, expert: int | None) -> Tensor:
         """x W^T of one matrix; the backward pass widens W anew rather than keeping it."""
-        out: Tensor = _Frozen.apply(x, self, expert)  # type: ignore[no-untyped-call]
+        out: Tensor = _Frozen.apply(x, self, expert)
         return out if self.bias is None else out + self.bias
 
 
@@ -87,7 +87,7 @@ def quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Float [O, I] to codes int8 [O, width · bits / 8] and scales float16 [O, groups]. Four bits: two codes a byte, the
     even column low."""
     high = 2 ** (bits - 1) - 1
-    padded = F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    padded = F.pad(rows, (0, -rows.shape[1] % GROUP)).view(len(rows), -1, GROUP)
     scales = (padded.abs().amax(-1) / high).half()
     steps = scales.float().clamp(min=torch.finfo(torch.float16).tiny)
     codes = (padded / steps[..., None]).round().clamp(-high, high).to(torch.int8).flatten(1)
@@ -100,7 +100,8 @@ def widen(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tenso
     """The inverse of `quantise`, [O, width]."""
     if bits == 4:
         codes = torch.stack(((codes << 4) >> 4, codes >> 4), dim=-1).flatten(1)
-    return (codes.to(dtype).unflatten(1, (-1, GROUP)) * scales.to(dtype)[..., None]).flatten(1)
+    values = codes.to(dtype).view(len(codes), -1, GROUP) * scales.to(dtype)[..., None]
+    return values.flatten(1)
 
 
 def load_base(checkpoint: Checkpoint, *, weights: str, dtype: torch.dtype) -> Model:
