@@ -67,7 +67,8 @@ def test_less_cache_shared_out_and_fitted(shoal: Shoal, model: str, tmp_path: Pa
     mla = open_checkpoint(dst).config.attention
     assert mla.cache_width == 40
     assert f"{40 - mla.rope_dim} are the latent and {mla.rope_dim} rotary" in result.err
-    lost = [np.square(logits(path) - logits(model)).mean() for path in (dst, blind(shoal, model, tmp_path, mla.rope_dim))]
+    paths = dst, blind(shoal, model, tmp_path, mla.rope_dim)
+    lost = [np.square(logits(path) - logits(model)).mean() for path in paths]
     assert lost[0] < 0.7 * lost[1]
 
 
@@ -82,7 +83,8 @@ def blind(shoal: Shoal, model: str, tmp_path: Path, rope: int) -> Path:
 
 @pytest.mark.parametrize(("args", "problem"), [
     (("--latent", "200"), "latent: must lie between"), (("--rope", "33"), "rope: must be even"),
-    (("--cache", "40", "--rope", "16"), "cache: is latent and rope together"), (("--cache", "66"), "cache: must be at most"),
+    (("--cache", "40", "--rope", "16"), "cache: is latent and rope together"),
+    (("--cache", "66"), "cache: must be at most"),
     (("--moe", "melt"), "moe: 'melt' is not one of"), (("--moe", "split", "--experts", "7"), "experts: 7 parts"),
     (("--calibrate", "none", "--cache", "40"), "calibrate: none does not go with"),
     (("--calibrate", "missing.txt", "--cache", "40"), "missing.txt: cannot be read"),

@@ -1,1 +1,1 @@
-"""Make a model yours: tune it, distil it, give it another shape."""
+"""Making a model yours: supervised tuning, adapters under a parameter budget, distillation. Needs the `train` extra."""
