@@ -50,7 +50,7 @@ def test_all_of_a_model_in_another_shape(shoal: Shoal, model: str, tmp_path: Pat
                    "1", "--json")  # fmt: skip
     assert result.code == 0, result.err
     facts = json.loads(result.out)
-    assert (facts["latent"], facts["rope"], facts["cache_bytes_per_token"]) == (33, 32, 2 * 65 * 2)
+    assert (facts["latent"], facts["rope"], facts["cache_bytes_per_token"]) == (34, 32, 2 * 66 * 2)
     assert (facts["cache_bytes_before"], facts["cache_bytes_full_heads"]) == (2 * 64 * 2, 2 * 128 * 2)
     before = logits(model)
     assert np.abs(logits(dst) - before).max() < 1e-3 * np.abs(before).max()
@@ -82,9 +82,9 @@ def blind(shoal: Shoal, model: str, tmp_path: Path, rope: int) -> Path:
 
 
 @pytest.mark.parametrize(("args", "problem"), [
-    (("--latent", "200"), "latent: must lie between"), (("--rope", "33"), "rope: must be even"),
+    (("--latent", "200"), "latent: must be even and lie between"), (("--rope", "33"), "rope: must be even"),
     (("--cache", "40", "--rope", "16"), "cache: is latent and rope together"),
-    (("--cache", "66"), "cache: must be at most"),
+    (("--cache", "67"), "cache: must be at most"),
     (("--moe", "melt"), "moe: 'melt' is not one of"), (("--moe", "split", "--experts", "7"), "experts: 7 parts"),
     (("--calibrate", "none", "--cache", "40"), "calibrate: none does not go with"),
     (("--calibrate", "missing.txt", "--cache", "40"), "missing.txt: cannot be read"),

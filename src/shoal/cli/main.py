@@ -27,6 +27,7 @@ VERBS = {
     "bench": "Measure a model: speed of prompt and decoding, time to the first token, memory.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
     "reshape": "Give a dense model DeepSeek-V3's attention, and experts if asked.",
+    "eval": "Score a model on tasks, with 95% intervals.",
     "info": "Show this machine, or what a model is and costs.",
     "models": "List the models at hand.",
     "pull": "Fetch a model by its short name.",

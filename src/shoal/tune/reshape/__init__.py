@@ -2,7 +2,20 @@
 
 from shoal.tune.reshape.experts import ExpertShape, with_experts
 from shoal.tune.reshape.fit import LayerFit, fit
+from shoal.tune.reshape.heal import HealSettings, HealStep, heal
 from shoal.tune.reshape.moments import measure
 from shoal.tune.reshape.reshape import Shape, choose_shape, reshape
 
-__all__ = ["ExpertShape", "LayerFit", "Shape", "choose_shape", "fit", "measure", "reshape", "with_experts"]
+__all__ = [
+    "ExpertShape",
+    "HealSettings",
+    "HealStep",
+    "LayerFit",
+    "Shape",
+    "choose_shape",
+    "fit",
+    "heal",
+    "measure",
+    "reshape",
+    "with_experts",
+]

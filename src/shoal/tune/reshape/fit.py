@@ -12,8 +12,8 @@ Letters: B windows, T tokens, D model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +101,9 @@ def _error_of(
     return attention, error
 
 
-def trained_parts(attention: MLA) -> Iterator[nn.Parameter]:
+def moving(attention: MLA) -> dict[str, nn.Parameter]:
     """What may move: all projections. The norms stay, for they undo the constant of the latent (`latent`)."""
-    for name, parameter in attention.named_parameters():
-        if "layernorm" not in name:
-            yield parameter
+    return {name: value for name, value in attention.named_parameters() if "layernorm" not in name}
 
 
 def hold_constants(attention: MLA) -> None:
@@ -118,13 +116,13 @@ def hold_constants(attention: MLA) -> None:
                     parameter.grad[0] = 0
 
 
-def groups(attention: MLA, lr: float) -> list[dict[str, object]]:
-    """Parameters with a step in proportion to their size."""
-    out: list[dict[str, object]] = []
-    for parameter in trained_parts(attention):
-        size = float(parameter.detach()[1:].square().mean().sqrt())
-        out.append({"params": [parameter], "lr": lr * size})
-    return [group for group in out if group["lr"]]
+def groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """Parameters for an optimiser, each with a step in proportion to its size; what is zero stays where it is."""
+    out: list[dict[str, Any]] = []
+    for parameter in parameters:
+        step = lr * float(parameter.detach()[1:].square().mean().sqrt())  # the first may be the constant
+        out.append({"params": [parameter], "lr": step, "full_lr": step})
+    return out
 
 
 def _train(
@@ -133,7 +131,7 @@ def _train(
     steps = epochs * math.ceil(count / BATCH)
     if not steps:
         return
-    optimiser = torch.optim.Adam(groups(attention, lr), betas=(0.9, 0.98))
+    optimiser = torch.optim.Adam(groups(moving(attention).values(), lr), betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )

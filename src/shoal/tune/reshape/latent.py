@@ -60,8 +60,8 @@ class Widths:
         return 2 * max(1, len(self.nope_pairs(kv_heads)))
 
     def most_latent(self, gqa: GQAConfig) -> int:
-        """C that cuts nothing off."""
-        return gqa.num_key_value_heads * (2 * len(self.nope_pairs(gqa.num_key_value_heads)) + gqa.head_dim) + 1
+        """C that cuts nothing off, made even."""
+        return gqa.num_key_value_heads * (2 * len(self.nope_pairs(gqa.num_key_value_heads)) + gqa.head_dim) + 2
 
 
 def to_latent(layer: GQALayer, moments: Moments, widths: Widths) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def cut_off(layer: GQALayer, moments: Moments, widths: Widths) -> float:
     """Mean square error of the layer's output by what the latent's rank cuts off, to first order."""
     _, _, nope_GHX = _rotary(layer, moments, widths)
     energy_Y = torch.linalg.eigvalsh(_felt(layer, moments, nope_GHX, widths)[2])
-    return float(energy_Y[: len(energy_Y) - widths.latent + 1].clamp_min(0).sum())
+    return float(energy_Y[: max(0, len(energy_Y) - widths.latent + 1)].clamp_min(0).sum())
 
 
 def _felt(layer: GQALayer, moments: Moments, nope_GHX: Tensor, widths: Widths) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,14 +148,15 @@ def _felt(layer: GQALayer, moments: Moments, nope_GHX: Tensor, widths: Widths) -
 
 def _latent(layer: GQALayer, moments: Moments, nope_GHX: Tensor, widths: Widths) -> tuple[Tensor, Tensor, Tensor]:
     """kv_a rows of the latent and their biases, and kv_b [G, H + V, C]."""
-    rank = widths.latent - 1
     felt_YX, inverse_GYY, covariance_YY = _felt(layer, moments, nope_GHX, widths)
     energy_Y, basis_YY = torch.linalg.eigh(covariance_YY)
+    rank = min(widths.latent - 1, len(energy_Y))
+    spare = widths.latent - 1 - rank
     basis_YK = basis_YY[:, -rank:].flip(1)
     size = energy_Y[-rank:].clamp_min(0).mean().sqrt().clamp_min(1e-12)
-    down_KX = basis_YK.T @ felt_YX / size
+    down_KX = F.pad(basis_YK.T @ felt_YX / size, (0, 0, 0, spare))
     weight, bias = _with_constant(down_KX[:, :-1], -down_KX[:, :-1] @ moments.mean_X[:-1])
-    up_GYK = inverse_GYY @ basis_YK.reshape(len(nope_GHX), -1, rank) * size
+    up_GYK = F.pad(inverse_GYY @ basis_YK.reshape(len(nope_GHX), -1, rank) * size, (0, spare))
     wanted_GYX = torch.cat([nope_GHX, layer.value_GHX], dim=1)
     return weight, bias, _behind_norm(up_GYK, wanted_GYX @ moments.mean_X)
 

@@ -20,6 +20,7 @@ from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint
 from shoal.model import Model
 from shoal.model.block import Block
+from shoal.model.mla import MLA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,13 @@ def attention_of(config: ModelConfig) -> GQAConfig:
 def block_of(model: Model, index: int) -> Block:
     """A layer of a model, as the type checker wants it said."""
     return cast(Block, model.model.layers[index])
+
+
+def mla_of(model: Model, index: int) -> MLA:
+    """The latent attention of a layer."""
+    attention = block_of(model, index).self_attn
+    assert isinstance(attention, MLA)
+    return attention
 
 
 def read_layer(checkpoint: Checkpoint, layer: int) -> GQALayer:

@@ -25,7 +25,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the new attention caches per token and layer: `latent` + `rope` values, one of them a constant.
+    """What the new attention caches per token and layer: `latent` + `rope` values, one of them a constant. Both are
+    even, for a cache in bfloat16 is read in pairs.
 
     Attributes:
         latent: `kv_lora_rank`; at most `most_latent`, which loses nothing.
@@ -40,13 +41,14 @@ class Shape:
         """The shape that computes exactly what the source does."""
         gqa = attention_of(config)
         width = gqa.num_key_value_heads * gqa.head_dim
-        return cls(latent=width + 1, rope=width)
+        return cls(latent=width + 2, rope=width)
 
     def check(self, config: ModelConfig) -> None:
         gqa = attention_of(config)
         width = gqa.num_key_value_heads * gqa.head_dim
-        if not 2 <= self.latent <= 2 * width + 1:
-            raise ConfigError("latent", f"must lie between 2 and {2 * width + 1} for this model, got {self.latent}")
+        most = 2 * width + 2
+        if not 2 <= self.latent <= most or self.latent % 2:
+            raise ConfigError("latent", f"must be even and lie between 2 and {most} for this model, got {self.latent}")
         if not 2 <= self.rope <= width or self.rope % 2:
             raise ConfigError("rope", f"must be even and lie between 2 and {width} for this model, got {self.rope}")
 
@@ -92,9 +94,9 @@ def choose_shape(checkpoint: Checkpoint, cache: int, moments: Sequence[Moments])
     layers = [read_layer(checkpoint, index) for index in range(config.num_hidden_layers)]
     worth_LPG = _worth(layers, moments)
     best: tuple[float, Shape] | None = None
-    for rope in range(ROPE_STEP, min(width, cache - 2) + 1, ROPE_STEP):
+    for rope in range(min(ROPE_STEP, width), min(width, cache - 2) + 1, ROPE_STEP):
         slots_P = choose_slots(worth_LPG, rope // 2)
-        shape = Shape(latent=cache - rope, rope=rope)
+        shape = Shape(latent=(cache - rope) // 2 * 2, rope=rope)
         widths = Widths(slots_P=slots_P, latent=shape.latent, query_bias=gqa.qkv_bias)
         if shape.latent > widths.most_latent(gqa):
             continue
