@@ -57,8 +57,6 @@ def learn(texts: Iterator[str], size: int = VOCABULARY) -> Tokenizer:
     )
     model.train_from_iterator(texts, trainer)
     data = json.loads(model.to_str())
-    # The markers are added tokens only, as in DeepSeek's file: no text of a document becomes one.
-    data["model"]["vocab"] = {token: at for token, at in data["model"]["vocab"].items() if token not in MARKERS}
     tokenizer_json.check(data, Path("tokenizer.json"))
     ids = {marker: MARKERS.index(marker) for marker in MARKERS}
     return Tokenizer(
