@@ -37,7 +37,11 @@ class Ledger:
     def counted(self, name: str, step: Step, documents: Iterable[Document], on_reject: OnReject) -> Iterator[Document]:
         """`step` over documents, with what goes in and what comes out written down."""
         row = self.data["steps"].setdefault(name, [0, 0, 0, 0])
+        return self._counting(row, step, documents, on_reject)
 
+    def _counting(
+        self, row: list[int], step: Step, documents: Iterable[Document], on_reject: OnReject
+    ) -> Iterator[Document]:
         def count_in() -> Iterator[Document]:
             for document in documents:
                 row[0] += 1

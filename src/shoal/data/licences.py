@@ -15,9 +15,9 @@ from shoal.data.document import Document
 
 # What a model may learn from without conditions on what it is part of: attribution at most (SPDX identifiers).
 PERMISSIVE = frozenset(
-    {"0BSD", "AFL-2.1", "AFL-3.0", "Apache-2.0", "Artistic-2.0", "BlueOak-1.0.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0",
-     "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "HPND", "ISC", "MIT", "MIT-0", "MIT-CMU", "NCSA", "PostgreSQL", "PSF-2.0",
-     "Python-2.0", "Unlicense", "UPL-1.0", "W3C", "WTFPL", "X11", "ZPL-2.1", "Zlib", "public-domain"}
+    {"0BSD", "AFL-2.1", "AFL-3.0", "Apache-2.0", "Artistic-2.0", "BlueOak-1.0.0", "BSD-2-Clause", "BSD-3-Clause",
+     "BSL-1.0", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "HPND", "ISC", "MIT", "MIT-0", "MIT-CMU", "NCSA", "PostgreSQL",
+     "PSF-2.0", "Python-2.0", "Unlicense", "UPL-1.0", "W3C", "WTFPL", "X11", "ZPL-2.1", "Zlib", "public-domain"}
 )  # fmt: skip
 
 # Words that stand in one licence only, in the order they must be asked for (longer licences quote shorter ones).
@@ -37,7 +37,7 @@ _TEXTS = (
     ("BSL-1.0", r"boost software license.{0,20}1\.0"),
     ("Unlicense", r"this is free and unencumbered software released into the public domain"),
     ("Zlib", r"altered source versions must be plainly marked as such"),
-    ("BSD-3-Clause", r"redistribution and use in source and binary forms.*(?:neither the name|the names? of (?:the|its))"),
+    ("BSD-3-Clause", r"redistribution and use in source and binary forms.*(?:neither the name|the names of its)"),
     ("BSD-2-Clause", r"redistribution and use in source and binary forms"),
     ("MIT", r"permission is hereby granted, free of charge, to any person obtaining a copy"),
     ("0BSD", r"permission to use, copy, modify, and/or distribute(?!.*provided that the above copyright)"),
@@ -51,7 +51,8 @@ _CLASSIFIERS = {
     "ISC License (ISCL)": "ISC", "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "Python Software Foundation License": "PSF-2.0", "The Unlicense (Unlicense)": "Unlicense",
     "GNU General Public License v3 (GPLv3)": "GPL-3.0", "GNU General Public License v2 (GPLv2)": "GPL-2.0",
-    "GNU General Public License (GPL)": "GPL-2.0", "zlib/libpng License": "Zlib", "MIT No Attribution License (MIT-0)": "MIT-0",
+    "GNU General Public License (GPL)": "GPL-2.0", "zlib/libpng License": "Zlib",
+    "MIT No Attribution License (MIT-0)": "MIT-0",
 }  # fmt: skip
 LIMIT = 200_000  # characters of a licence file that are read
 HEADER = 2000  # characters of a source file in which a header stands
@@ -101,7 +102,7 @@ def _one(words: list[str]) -> tuple[bool, list[str]]:
     if words[0] == "(":
         value, words = _any_of(words[1:])
         return value and words[:1] == [")"], words[1:]
-    return words[0].removesuffix("-only").removesuffix("-or-later") in PERMISSIVE, words[1:]
+    return words[0].removesuffix("+").removesuffix("-only").removesuffix("-or-later") in PERMISSIVE, words[1:]
 
 
 def provenance(document: Document, path: Path, root: Path) -> None:
@@ -114,7 +115,9 @@ def provenance(document: Document, path: Path, root: Path) -> None:
     if "licence" in meta:
         return
     inside = path.relative_to(root).parts if path.is_relative_to(root) else ()
+    # The root may be a folder of packages, or one package among others.
     package = _packages(root).get(inside[0]) if inside else None
+    package = package or _packages(root.parent, f"{root.name}-*.dist-info").get(root.name)
     if package:
         meta.update({key: value for key, value in package.items() if key not in meta})
     found = meta.get("licence") or _of_folder(path.parent, root)
@@ -138,10 +141,10 @@ def _of_folder(folder: Path, root: Path) -> str | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _packages(root: Path) -> Mapping[str, Mapping[str, str]]:
+def _packages(root: Path, pattern: str = "*.dist-info") -> Mapping[str, Mapping[str, str]]:
     """Licence and version of each top-level folder or module that a Python wheel has installed below `root`."""
     found: dict[str, dict[str, str]] = {}
-    for info in sorted(root.glob("*.dist-info")):
+    for info in sorted(root.glob(pattern)):
         try:
             meta = email.parser.HeaderParser().parsestr((info / "METADATA").read_text(errors="replace"))
             record = (info / "RECORD").read_text(errors="replace")

@@ -1,7 +1,7 @@
 """One spelling for what looks the same: line ends, Unicode composition, invisible characters.
 
-Mojibake is not repaired: in our corpora it is rarer than the correct text that a repair would touch, and a document of it
-falls to the entropy band. Code is changed as little as a compiler would notice.
+Mojibake is not repaired: a repair touches correct text too, and documents full of it fall to the entropy band. Code is
+changed as little as a compiler would notice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _EMPTY = re.compile(r"\n{4,}")
 
 
 def normalise(text: str, kind: str) -> str:
-    """`text` with LF line ends, in NFC and without invisible characters; text (not code) also with plain blanks, none at
-    the ends of lines, and at most two empty lines in a row."""
+    """`text` with LF line ends, in NFC and without invisible characters; unless it is code also with plain blanks, none
+    at the ends of lines, and at most two empty lines in a row."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():

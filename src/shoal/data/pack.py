@@ -38,7 +38,7 @@ class Packing:
 
 
 def pack_shard(job: Packing, shard: int) -> dict[str, Any]:
-    """Count what every verdict drops and pack the rest into `tokens.parts/`. Returns the shard's ledger, with `tokens`."""
+    """Count what every verdict drops and pack the rest into `tokens.parts/`. Returns the ledger, with `tokens`."""
     ledger = Ledger(seed=job.seed)
     kept = _kept(job, shard, ledger)
     ledger.data["tokens"] = 0

@@ -1,7 +1,7 @@
 """Personal data and secrets in text, replaced by a word that says what stood there.
 
-Patterns follow StarCoder's pipeline (arXiv 2305.06161, section 4) and the published key formats of the services; where a
-number carries a check (cards, IBAN) the check decides. Names and postal addresses are not found: that needs a model.
+Patterns follow StarCoder's pipeline (arXiv 2305.06161, section 4) and the published key formats of the services; where
+a number carries a check (cards, IBAN) the check decides. Names and postal addresses are not found: that needs a model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _KEY = re.compile(
     r")(?![\w-])"
 )
 _KEY_STARTS = (
-    "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox", "sk-", "k_live_", "AIza", "hf_",
-    "pypi-", "npm_", "eyJ",
+    "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox", "sk-", "k_live_", "AIza",
+    "hf_", "pypi-", "npm_", "eyJ",
 )  # fmt: skip
 _ASSIGNED = re.compile(
     r"(?i)((?:api|access|auth|secret|private)[_-]?(?:key|token)|client[_-]?secret|passw(?:or)?d|secret)"

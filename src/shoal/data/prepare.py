@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -70,7 +71,7 @@ def prepare(
 
 
 def pack_folder(folder: Path, machine: Machine | None = None, *, notice: Notice = lambda *_: None) -> Result:
-    """Tokenize and pack what the verdicts of a prepared folder keep, and write its report. Used again after a selection.
+    """Tokenize and pack what the verdicts of a prepared folder keep, and write its report; again after a selection.
 
     Raises:
         FileError: the folder was not prepared.
@@ -117,7 +118,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 @dataclass(frozen=True)
 class _Task:
-    """A function of a job and a shard's number, with the job filled in; unlike a lambda it can go to another process."""
+    """A function of a job and a shard's number with the job filled in; it can go to another process."""
 
     function: Callable[[Any, int], dict[str, Any]]
     job: Any
@@ -180,7 +181,7 @@ def _find_duplicates(folder: Path, recipe: Recipe, machine: Machine, key: str, n
 
 
 def _choose(folder: Path, recipe: Recipe, key: str, notice: Notice) -> None:
-    """Stage one: scores of the reference model if one is named, then the band; an old band goes if none is asked for."""
+    """Stage one: scores of the reference model if one is named, then the band; an old band goes if none is wanted."""
     if recipe.band is None:
         store.remove_attributes(folder, entropy.VERDICT)
         return
@@ -197,11 +198,9 @@ def _choose(folder: Path, recipe: Recipe, key: str, notice: Notice) -> None:
 
         stage = Stage(folder=folder, name="surprise", key=key, task=score)
         run_stage(stage, numbers, ALONE, max_document=1, progress=_named(notice, "score"))
-    key = _key(key, *map(str, recipe.band))
-    with_model, band = recipe.entropy_model is not None, recipe.band
-    stage = Stage(folder=folder, name="band", key=key, task=lambda _: entropy.choose_band(folder, band, verdicts, with_model=with_model)
-    )  # fmt: skip
-    run_stage(stage, [0], ALONE, max_document=1)
+    key, with_model = _key(key, *map(str, recipe.band)), recipe.entropy_model is not None
+    choose = functools.partial(entropy.choose_band, folder, recipe.band, verdicts, with_model=with_model)
+    run_stage(Stage(folder=folder, name="band", key=key, task=lambda _: choose()), [0], ALONE, max_document=1)
 
 
 def _tokenizer(folder: Path, recipe: Recipe) -> Path | None:

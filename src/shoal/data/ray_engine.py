@@ -1,7 +1,7 @@
 """The same shard tasks on a Ray cluster. The folder must lie where every node reaches it.
 
-A task whose worker or node dies is given to another; files and markers appear whole or not at all, so that the bytes are
-those of any other run.
+A task whose worker or node dies is given to another; files and markers appear whole or not at all, so that the bytes
+are those of any other run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Shards in processes: a marker for each that is done, a cap on memory that holds, the same bytes whoever does the work.
+"""Shards in processes: a marker for each that is done, a cap on memory that holds, the same bytes whoever works.
 
-A task is a picklable function of a shard's number that writes whole files and returns a ledger. That is all the contract
-there is, so that any scheduler can run it; `ray_engine` hands the same tasks to Ray.
+A task is a picklable function of a shard's number that writes whole files and returns a ledger. That is all the
+contract there is, so that any scheduler can run it; `ray_engine` hands the same tasks to Ray.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def _in_processes(finisher: Callable[[int], None], left: list[int], workers: int
                     yield shard
         except BrokenProcessPool as error:
             raise WorkerError(
-                f"a worker process was killed, most likely for want of memory ({_mib(memory)}); what is finished is kept, "
-                "and the same command goes on from there"
+                f"a worker process was killed, most likely for want of memory ({_mib(memory)}); what is finished is "
+                "kept, and the same command goes on from there"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

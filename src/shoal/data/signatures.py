@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.data.document import Document
-from shoal.data.views import rensa, ngram_hashes, token_hashes
+from shoal.data.views import ngram_hashes, rensa, token_hashes
 from shoal.formats.atomic import atomic_file
 
 SHINGLE = 5  # words

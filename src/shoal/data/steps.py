@@ -42,7 +42,7 @@ def editing(edit: Callable[[Document], None]) -> Step:
 
 
 def standard_steps(recipe: Recipe) -> list[tuple[str, Step]]:
-    """normalise → licence → language → quality → contamination → privacy. What a recipe does not ask for is left out."""
+    """normalise → licence → language → quality → contamination → privacy, as far as the recipe asks for them."""
     rules = rules_for(recipe.rules)
     roots = {source.metadata()["source"]: source.path for source in recipe.sources}
 

@@ -54,15 +54,15 @@ def token_hashes(document: Document) -> NDArray[np.uint64]:
 
 def hash_words(found: list[str]) -> NDArray[np.uint64]:
     """64-bit hashes of words, the same in every process and on every machine."""
-    hashes: NDArray[np.uint64] = np.array(rensa().RMinHash.hash_token_sets([found])[0], np.uint64)
-    return hashes
+    [hashes] = rensa().RMinHash.hash_token_sets([found])
+    return np.fromiter(hashes, np.uint64, len(hashes))
 
 
 def ngram_hashes(hashes: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
     """Hash of every run of n words: a polynomial in their hashes, modulo 2**64."""
     if len(hashes) < n:
         return np.empty(0, np.uint64)
-    total = hashes[: len(hashes) - n + 1].copy()
+    total: NDArray[np.uint64] = hashes[: len(hashes) - n + 1].copy()
     for k in range(1, n):
         total *= np.uint64(0x9E3779B97F4A7C15)
         total += hashes[k : len(hashes) - n + 1 + k]
@@ -70,6 +70,7 @@ def ngram_hashes(hashes: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
 
 
 def rensa() -> Any:
+    """The module `rensa`, or MissingExtraError."""
     from shoal.errors import MissingExtraError
 
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from shoal.formats.atomic import atomic_folder
 from shoal.formats.tokenizer import Tokenizer, load_tokenizer_json
 
-# Digits one by one, then GPT-4's way of cutting text: contractions, words with one leading mark, punctuation, line ends.
+# Digits one by one, else GPT-4's way of cutting text: contractions, words with one leading mark, marks, line ends.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

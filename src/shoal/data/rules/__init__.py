@@ -21,7 +21,7 @@ CHOICES = ("auto", *RULESETS)
 
 
 def rules_for(names: tuple[str, ...]) -> dict[str, tuple[Rule, ...]]:
-    """Rules by the kind of document (`text`, `code`) for a choice of rule sets. Raises ConfigError for unknown names."""
+    """Rules by the kind of document (`text`, `code`) for a choice of rule sets. Raises ConfigError for other names."""
     for name in names:
         if name not in CHOICES:
             raise ConfigError("rules", f"must be of {', '.join(CHOICES)}, got {name!r}")

@@ -1,6 +1,6 @@
 """Document rules of C4 (Raffel et al. 2020, arXiv 1910.10683, section 2.2), for web pages.
 
-C4 also deletes lines; here a document whose deletions would take most of it goes as a whole, and others stay as they are.
+C4 also deletes lines; here a document that would lose most of them goes as a whole, and others stay as they are.
 """
 
 from __future__ import annotations

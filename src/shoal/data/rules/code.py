@@ -1,5 +1,5 @@
-"""Rules for source code: StarCoder's (Li et al. 2023, arXiv 2305.06161, section 3.1) and StarCoder2's (Lozhkov et al. 2024,
-arXiv 2402.19173, section 2.1)."""
+"""Rules for source code: StarCoder's (Li et al. 2023, arXiv 2305.06161, section 3.1) and StarCoder2's (Lozhkov et al.
+2024, arXiv 2402.19173, section 2.1)."""
 
 from __future__ import annotations
 
