@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,18 @@ def prepare(
     return pack_folder(folder, machine, notice=notice)
 
 
-def pack_folder(folder: Path, machine: Machine | None = None, *, notice: Notice = lambda *_: None) -> Result:
+def pack_folder(
+    folder: Path,
+    machine: Machine | None = None,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    notice: Notice = lambda *_: None,
+) -> Result:
     """Tokenize and pack what the verdicts of a prepared folder keep, and write its report; again after a selection.
+
+    Args:
+        tokenizer, vocab_size: take the place of the recipe's.
 
     Raises:
         FileError: the folder was not prepared.
@@ -79,12 +89,15 @@ def pack_folder(folder: Path, machine: Machine | None = None, *, notice: Notice 
     from shoal.data.report import write_report
 
     machine, recipe = machine or Machine(), read_recipe(folder)
+    if tokenizer or vocab_size:
+        recipe = replace(recipe, tokenizer=tokenizer, vocab_size=vocab_size)
+        _write_json(folder / "recipe.json", {"key": _key_of(folder), "recipe": recipe.to_dict()})
     numbers = store.shard_numbers(folder)
     verdicts = tuple(store.verdict_names(folder))
-    tokenizer = _tokenizer(folder, recipe)
-    digest = vocabulary.digest(tokenizer) if tokenizer else "none"
+    home = _tokenizer(folder, recipe)
+    digest = vocabulary.digest(home) if home else "none"
     key = _key(_key_of(folder), pack.verdicts_digest(folder, verdicts), digest, *verdicts)
-    job = pack.Packing(folder=folder, tokenizer=tokenizer, verdicts=verdicts, seed=recipe.seed)
+    job = pack.Packing(folder=folder, tokenizer=home, verdicts=verdicts, seed=recipe.seed)
     stage = Stage(folder=folder, name=pack.STAGE, key=key, task=_Task(pack.pack_shard, job))
     joined = Stage(
         folder=folder,
@@ -93,7 +106,7 @@ def pack_folder(folder: Path, machine: Machine | None = None, *, notice: Notice 
         task=lambda _: {"tokens": pack.join_parts(job, numbers, _provenance(folder, recipe))},
     )
     ledgers = run_stage(stage, numbers, machine, max_document=recipe.max_document, progress=_named(notice, "pack"))
-    if tokenizer is not None:
+    if home is not None:
         run_stage(joined, [0], ALONE, max_document=1)
         pack.remove_parts(folder)
     cleaned = _ledgers(folder, clean.STAGE, numbers)
