@@ -96,8 +96,9 @@ struct Worker {
     int member;
     Shares* shares;  // [members] of the operation
     void barrier() const;
-    // The next piece of stage `stage`'s [0, total) for this member, `grain` at a time; false when none is left. A member
-    // walks through its own part in order, so that weights come from memory as one stream, then helps its neighbours.
+    // The next piece of stage `stage`'s [0, total) for this member, `grain` at a time; false when none is left. A
+    // member walks through its own part in order, so that weights come from memory as one stream, then helps its
+    // neighbours.
     bool next(int stage, long total, long grain, long& first, long& last) const;
     long grain(long total,
                long at_least = 1) const;  // pieces small enough to balance, large enough to be worth handing out

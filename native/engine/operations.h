@@ -134,6 +134,9 @@ struct FeedForward final : Operation {
     };
     std::vector<Slots> slots;   // [members]: a lone token's each member finds for itself; of more all share the first
     uint64_t expert_reads = 0;  // of all steps together: an expert's weights are read once a step
+    // Copies what the last step chose, if anybody asks: experts and weights [T, K], and the entropy in nats of each
+    // token's router probabilities over all experts [T].
+    void last_routing(long tokens, int32_t* experts_out, float* weights_out, float* entropy_out) const;
     void reserve(Engine& engine, const Step& step) override;
     void run(const Worker& worker) override;
 

@@ -21,6 +21,7 @@ from shoal.engine.machine import usable_cpus
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
 from shoal.engine.plan import PAGE_TOKENS, Moments, cache_widths, write_plan
+from shoal.engine.routing import Routing, Step, read_routing
 from shoal.engine.sampler import likeliest, log_total
 from shoal.engine.scheduler import Scheduler, Slice
 from shoal.engine.sequence import Produced, Sequence
@@ -124,6 +125,8 @@ class Core:
         self.known_ids = min(known_ids or config.vocab_size, config.vocab_size)
         self.looks_ahead = plan.looks_ahead
         self._engine = plan.engine
+        self._config = config
+        self._steps = 0
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
             self._pool, step_tokens=step_tokens, mixed_tokens=mixed_tokens, max_running=max_running
@@ -253,6 +256,7 @@ class Core:
         if len(batch.wanted) > len(self._logits):
             self._logits = np.empty((len(batch.wanted), self.vocab_size), np.float32)
         logits = self._logits[: len(batch.wanted)]
+        started = time.perf_counter()
         try:
             self._engine.run(batch.tokens, batch.positions, batch.first_row, batch.pages, batch.wanted, logits)
         except Exception as error:
@@ -260,6 +264,8 @@ class Core:
                 piece.sequence.fail(error)
             done.extend((piece, 0) for piece in batch.slices)
             return
+        ended = time.perf_counter()
+        self._steps += 1
         row = 0
         for piece in batch.slices:
             rows = logits[row : row + piece.rows - piece.logits_from]
@@ -271,12 +277,37 @@ class Core:
             except Exception as error:
                 piece.sequence.fail(error)
             done.append((piece, kept))
+        if self._config.moe is not None and any(piece.sequence.on_routing for piece in batch.slices):
+            step = Step(number=self._steps, rows=len(batch.tokens), started=started, seconds=ended - started)
+            self._report_routing(batch, step, [kept for _, kept in done])
         if self.looks_ahead:
             try:
                 self._look_ahead(batch, [kept for _, kept in done])
             except Exception as error:
                 for piece in batch.slices:
                     piece.sequence.fail(error)
+
+    def _report_routing(self, batch: _Batch, step: Step, kept: list[int]) -> None:
+        """Tell who asked where the step's tokens went. Wrong drafts are none of the sequence's tokens, and what is read
+        a second time, after its pages were given back, goes where it went before."""
+        experts_LTK, weights_LTK, entropy_LT = read_routing(self._engine, self._config, step.rows)
+        for piece, row, accepted in zip(batch.slices, batch.first_row.tolist(), kept, strict=False):
+            sequence = piece.sequence
+            skip = max(0, sequence.routed - piece.start)
+            tokens = (piece.tokens + piece.draft[:accepted])[skip:]
+            if not sequence.on_routing or not tokens:
+                continue
+            rows = slice(row + skip, row + skip + len(tokens))
+            sequence.routed = piece.start + skip + len(tokens)
+            routing = Routing(
+                first=piece.start + skip, tokens=tuple(tokens), experts_LTK=experts_LTK[:, rows],
+                weights_LTK=weights_LTK[:, rows], entropy_LT=entropy_LT[:, rows], step=step,
+            )  # fmt: skip
+            try:
+                for listen in sequence.on_routing:
+                    listen(routing)
+            except Exception as error:
+                sequence.fail(error)
 
     def _look_ahead(self, batch: _Batch, kept: list[int]) -> None:
         """Run the prediction layer over the step's rows that stay, each beside the token that really followed it, and
