@@ -101,7 +101,7 @@ def _function_case(document: dict[str, str], kind: str, tokenizer: Tokenizer, dr
 
 
 def prompt_ids(case: Case, tokenizer: Tokenizer, room: int, *, with_suffix: bool) -> list[int]:
-    """The prompt in at most `room` tokens: the end of the prefix and, if asked for, the start of the suffix (a quarter).
+    """The prompt in at most `room` tokens: the end of the prefix and, if asked for, a quarter of it of the suffix.
 
     Prefix-suffix-middle, as trained (pack.py).
     """
@@ -126,7 +126,9 @@ def is_valid_function(case: Case, generated: str) -> bool:
     A body that was cut off by the token limit is judged without its last, unfinished line.
     """
     lines = case.prefix.splitlines(keepends=True)
-    at = next(index for index in reversed(range(len(lines))) if lines[index].lstrip().startswith(("def ", "async def ")))
+    at = next(
+        index for index in reversed(range(len(lines))) if lines[index].lstrip().startswith(("def ", "async def "))
+    )
     indent = len(lines[at]) - len(lines[at].lstrip())
     body: list[str] = []
     text_lines = generated.splitlines(keepends=True)

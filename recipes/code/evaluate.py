@@ -141,7 +141,9 @@ def examine(path: Path, options: argparse.Namespace, *, twin: bool) -> Json:
     prompts = [prompt_ids(case, llm.tokenizer, llm.max_context // 2, with_suffix=False) for case in lines]
     facts: Json = {
         "model": path.name,
-        "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else path.stat().st_size,
+        "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        if path.is_dir()
+        else path.stat().st_size,
         "total_params": cost.total_params,
         "active_params": cost.active_params,
         "cache_bytes_per_token": cache_bytes_per_token(checkpoint.config),
@@ -178,7 +180,10 @@ def table(result: Json) -> str:
     row("MTP guesses accepted", _acceptance)
     if points := result.get("ratios"):
         last = points[-1]
-        lines += ["", f"At held-out loss {last['val_loss']:.3f} the twin needs {last['twin_flops_ratio']:.2f} × the operations."]
+        lines += [
+            "",
+            f"At held-out loss {last['val_loss']:.3f} the twin needs {last['twin_flops_ratio']:.2f} × the operations.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -11,13 +11,23 @@ from pathlib import PurePosixPath
 
 from licences import is_copyleft_source
 
-VENDORED = frozenset("_vendor vendor vendored _vendored third_party thirdparty _thirdparty extern externals _externals".split())
-VENDORED |= {"site-packages", "node_modules", "_internal_vendor", "embed", "ext", "_bundled", "bundled", "compat_vendored"}
-TESTS = frozenset("test tests unittests testsuite unit_tests _tests testdata test_data fixtures golden".split())
-DATA = frozenset("migrations locale locales lang_data benchmarks asv_bench template templates project_template".split())
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Folders, by what lies in them.
+VENDORED = _names(
+    """_bundled _internal_vendor _thirdparty _vendor _vendored bundled embed ext extern externals _externals
+    node_modules site-packages third_party thirdparty vendor vendored"""
+)
+TESTS = _names("_tests fixtures golden test test_data testdata tests testsuite unit_tests unittests")
+DATA = _names("asv_bench benchmarks lang_data locale locales migrations project_template template templates")
 MIN_BYTES, MAX_BYTES = 256, 96 << 10
 _GENERATED = re.compile(
-    r"auto-?\s?generated|generated (by|from|with|using|code|file|automatically)|do not (edit|modify)|@generated|machine generated", re.I
+    r"auto-?\s?generated|generated (by|from|with|using|code|file|automatically)|do not (edit|modify)|@generated"
+    r"|machine generated",
+    re.I,
 )
 _BANNER = re.compile(r"licen[cs]e|copyright|all rights reserved|\(c\)", re.I)
 

@@ -12,7 +12,7 @@ from email.message import Message
 # A phrase of each licence's text, spaces folded, and how metadata names it.
 TEXTS = {
     "MIT": r"permission is hereby granted, free of charge, to any person obtaining a copy",
-    "Apache-2.0": r"apache license,? version 2\.0|licensed under the apache license|www\.apache\.org/licenses/license-2\.0",
+    "Apache-2.0": r"apache license,? version 2\.0|licensed under the apache license|apache\.org/licenses/license-2\.0",
     "BSD": r"redistribution and use in source and binary forms",
     "ISC": r"permission to use, copy, modify, and/?(or)? distribute this software for any purpose",
     "PSF-2.0": r"psf license agreement|python software foundation license|license agreement for matplotlib",
@@ -60,7 +60,10 @@ def licence_of(metadata: Message, texts: list[str]) -> tuple[str, str]:
 
 def is_copyleft_source(head: str) -> bool:
     """Whether the first lines of a file put it under another licence than its package."""
-    return re.search(r"gnu (lesser|library|affero|general) public|SPDX-License-Identifier: *\(?A?L?(GPL|MPL)", head, re.I) is not None
+    return (
+        re.search(r"gnu (lesser|library|affero|general) public|SPDX-License-Identifier: *\(?A?L?(GPL|MPL)", head, re.I)
+        is not None
+    )
 
 
 def _declared(metadata: Message) -> str:

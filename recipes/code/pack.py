@@ -113,16 +113,16 @@ def read_texts(path: Path, seed: int) -> list[str]:
     return texts
 
 
-def pack(corpus: Path, out: Path, tokenizer_folder: Path, *, seed: int = SEED, window: int = WINDOW) -> dict[str, float]:
+def pack(
+    corpus: Path, out: Path, tokenizer_folder: Path, *, seed: int = SEED, window: int = WINDOW
+) -> dict[str, float]:
     """Write the shards. Returns the tokens of each part, and `held_out`, the share to set in the recipe."""
     tokenizer = load_tokenizer_json(tokenizer_folder)
     digest = hashlib.sha256((tokenizer_folder / "tokenizer.json").read_bytes()).hexdigest()
     report = json.loads((corpus / "report.json").read_text())
     provenance = {"corpus": report, "seed": seed, "window": window, "fim_rate": FIM_RATE}
     counts: dict[str, float] = {}
-    with ShardWriter(
-        out, vocab_size=tokenizer.vocab_size, tokenizer_digest=digest, provenance=provenance
-    ) as writer:
+    with ShardWriter(out, vocab_size=tokenizer.vocab_size, tokenizer_digest=digest, provenance=provenance) as writer:
         for part in ("train", "held_out"):
             packer = Packer(tokenizer, seed, window)
             counts[part] = 0
@@ -140,7 +140,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="CORPUS/tokens")
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args()
-    counts = pack(options.corpus, options.out or options.corpus / "tokens", options.corpus / "tokenizer", seed=options.seed)
+    counts = pack(
+        options.corpus, options.out or options.corpus / "tokens", options.corpus / "tokenizer", seed=options.seed
+    )
     print(json.dumps(counts))
 
 

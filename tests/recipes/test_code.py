@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import email
 import hashlib
+import importlib
 import json
 import sys
 import urllib.request
@@ -79,8 +79,6 @@ def recipe_folder() -> Iterator[None]:
 
 
 def load(name: str) -> ModuleType:
-    import importlib
-
     return importlib.import_module(name)
 
 
@@ -158,7 +156,10 @@ def test_files_left_out_by_name(path, reason):
         ("# GNU General Public License\n" + SOURCE, "other licence"),
         (SOURCE + "def broken(:\n", "does not parse"),
         (SOURCE + "x = '" + "ab c" * 200 + "'\n", "long lines"),
-        ("".join(f"TABLE_{i} = [{i * 7919 % 1000}, {i * 104729 % 997}, {i * i}]\n" for i in range(40)), "table of constants"),
+        (
+            "".join(f"TABLE_{i} = [{i * 7919 % 1000}, {i * 104729 % 997}, {i * i}]\n" for i in range(40)),
+            "table of constants",
+        ),
         ("value = compute(value)\n" * 400, "repetitive"),
     ],
 )
@@ -278,7 +279,9 @@ def test_four_readers_give_the_same_ids(tokenizer, folder, models, tmp_path):
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert in_gguf.encode(text, add_bos=False, parse_special=True) == ids
         body = json.dumps({"content": text, "parse_special": True}).encode()
-        request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["tokens"] == ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -340,7 +343,7 @@ def test_the_recipes_say_what_the_readme_says():
     main = sum(count for part, count in ours.items() if not part.startswith("mtp"))
     assert abs(sum(twins.values()) / main - 1) < 0.02
     assert (twin.steps, twin.batch, twin.data, twin.seed) == (recipe.steps, recipe.batch, recipe.data, recipe.seed)
-    # Experts in int4 with a 16-bit scale for 32, everything else in int8, embedding and head once more for the MTP layer.
+    # Experts in int4 with a 16-bit scale for 32, the rest in int8; embedding and head once more for the MTP layer.
     experts = sum(a * b * c for (a, b, c) in (s for s in expected_tensors(recipe.model).values() if len(s) == 3))
     rest = count_params(recipe.model, mtp=True) - experts + 2 * recipe.model.vocab_size * recipe.model.hidden_size
     assert (experts * 4.5 + rest * 8.5) / 8 < 40e6
@@ -421,7 +424,8 @@ def test_functions_are_judged_up_to_their_end(generated, valid):
 
 def test_cases_are_real_gaps(tokenizer, folder):
     documents = {
-        json.loads(line)["path"]: json.loads(line)["text"] for line in (folder / "held_out.jsonl").read_text().splitlines()
+        json.loads(line)["path"]: json.loads(line)["text"]
+        for line in (folder / "held_out.jsonl").read_text().splitlines()
     }
     cases = load("cases").draw_cases(folder, tokenizer, 20)
     assert Counter(one.kind for one in cases) == {"line": 20, "rest": 20, "function": 20}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -17,10 +16,18 @@ if TYPE_CHECKING:
     from shoal.cost.train_cost import Actual, Phase, PhaseCost
 
 
-class What(str, Enum):
-    """What is to be done with the model."""
+app = typer.Typer(
+    help="Count what training takes, before it starts: operations, memory, time and dollars.",
+    add_completion=False,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
-    train = "train"
+
+@app.callback()
+def cost() -> None:
+    """Count what training takes, before it starts: operations, memory, time and dollars."""
 
 
 class Plan(NamedTuple):
@@ -36,15 +43,15 @@ class Plan(NamedTuple):
     checkpointing: bool
 
 
-def run(
-    what: Annotated[What, typer.Argument(help="What to count: train.")],
+@app.command()
+def train(
     recipe: Annotated[str, typer.Argument(help="A recipe (as for shoal train), a model folder or a config.json.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value … changes the recipe.")] = None,
     tokens: Annotated[
         list[str] | None,
         typer.Option(metavar="N[@LENGTH]", help="Tokens, as in 30M or 14.8T@4096; may be given several times."),
     ] = None,
-    machine: Annotated[str, typer.Option(help="A machine of the list (shoal cost train RECIPE --machine ?).")] = "zen4-2",
+    machine: Annotated[str, typer.Option(help="A machine of the list; ? shows it.")] = "zen4-2",
     devices: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
     utilisation: Annotated[
         float | None, typer.Option(help="Share of the bf16 peak that training reaches; the machine's by default.")
@@ -145,7 +152,8 @@ def _as_data(
 
     hours = sum(cost.hours for cost in costs)
     activations = activation_bytes(plan.config, tokens=plan.tokens_at_once, checkpointing=plan.checkpointing)
-    facts = {
+    tokens_per_second = sum(cost.phase.tokens for cost in costs) / (hours * 3600) * devices
+    facts: dict[str, Any] = {
         "machine": asdict(machine),
         "devices": devices,
         "utilisation": utilisation,
@@ -167,7 +175,7 @@ def _as_data(
         "device_hours": hours,
         "days": hours / devices / 24,
         "dollars": sum(cost.dollars for cost in costs),
-        "tokens_per_second": sum(cost.phase.tokens for cost in costs) / (hours * 3600) * devices,
+        "tokens_per_second": tokens_per_second,
         "state_bytes": state_bytes(plan.config, optimiser=plan.optimiser, bf16=plan.bf16),
         "tokens_at_once": plan.tokens_at_once,
         "activation_bytes": activations,
@@ -176,7 +184,7 @@ def _as_data(
         flops = costs[0].per_token.model
         facts["actual"] = asdict(actual) | {
             "utilisation": actual.tok_s * flops / (machine.bf16_tflops * 1e12 * devices),
-            "predicted_seconds": actual.tokens / facts["tokens_per_second"],
+            "predicted_seconds": actual.tokens / tokens_per_second,
         }
     return facts
 
@@ -207,7 +215,9 @@ def _show(facts: dict[str, Any], machine: Machine, *, given: tuple[bool, bool]) 
         "utilisation": f"{facts['utilisation']:.1%} of {machine.bf16_tflops:g} TFLOPS in bf16: "
         + ("as given" if given[0] else machine.sources["utilisation"]),
         "peak": machine.sources["bf16_tflops"],
-        "price": "as given" if given[1] else f"${machine.dollars_per_hour:g} an hour: {machine.sources['dollars_per_hour']}",
+        "price": "as given"
+        if given[1]
+        else f"${machine.dollars_per_hour:g} an hour: {machine.sources['dollars_per_hour']}",
     }
     print_pairs(pairs)
     if (actual := facts.get("actual")) is not None:
