@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from shoal.config import MoEConfig  # noqa: E402
 from shoal.model.grouped import _Experts, runs_of  # noqa: E402
-from shoal.model.moe import Experts, MoE, Router, Routing  # noqa: E402
+from shoal.model.moe import Experts, MoE, Router, Routing, in_expert_order  # noqa: E402
 
 E, D = 12, 9
 METHODS = {
@@ -161,7 +161,11 @@ def test_grouped_products_equal_the_experts_in_turn_and_so_do_their_gradients():
     x_TD = torch.randn(20, 8, generator=torch.Generator().manual_seed(4))
     upstream = torch.randn(20, 8, generator=torch.Generator().manual_seed(5))
     results = []
-    for run in (experts.forward, experts.run_grouped):
+
+    def grouped(x, picked):
+        return in_expert_order(x, picked, E, experts.run_grouped)
+
+    for run in (experts.forward, grouped):
         x, weights = x_TD.clone().requires_grad_(), routing.weights_TK.clone().requires_grad_()
         out = run(x, routing._replace(weights_TK=weights))
         results.append((out, *torch.autograd.grad(out, [x, weights, *experts.parameters()], upstream)))

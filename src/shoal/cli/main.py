@@ -26,6 +26,7 @@ VERBS = {
     "convert": "Convert a model between a Hugging Face folder and GGUF.",
     "bench": "Measure a model: speed of prompt and decoding, time to the first token, memory.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
+    "trace": "Record which experts each token goes to; sum a recording up or draw it.",
     "info": "Show this machine, or what a model is and costs.",
     "models": "List the models at hand.",
     "pull": "Fetch a model by its short name.",

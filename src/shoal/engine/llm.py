@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from shoal.engine.core import Core, Load
 from shoal.engine.generation import Generation
 from shoal.engine.outputs import Chunk, Completion, TokenLogprob
 from shoal.engine.params import SamplingParams
+from shoal.engine.routing import OnRouting
 from shoal.engine.sampler import Sampler
 from shoal.engine.sequence import Sequence as Running
 from shoal.errors import RequestError
@@ -82,6 +83,9 @@ class LLM:
         if cache_tokens is None:
             cache_tokens = max(DEFAULT_CACHE_TOKENS, self.max_context) if max_context else DEFAULT_CACHE_TOKENS
         self.max_context = min(self.max_context, cache_tokens)
+        # Called with the number of prompt tokens of each request that is prepared; what it returns hears where the
+        # request's tokens go (`shoal.trace`).
+        self.trace: Callable[[int], OnRouting] | None = None
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
         self._core = Core(
             checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
@@ -196,7 +200,7 @@ class LLM:
         return Running(
             tokens=ids, prompt_tokens=len(ids), params=params, sampler=Sampler(params, ids, self._core.known_ids),
             max_tokens=budget if params.max_tokens is None else min(params.max_tokens, budget), eos=self._eos,
-            draft_length=self.speculate,
+            draft_length=self.speculate, on_routing=[self.trace(len(ids))] if self.trace is not None else [],
         )  # fmt: skip
 
     def _prompt_ids(self, prompt: str | Sequence[int], *, room: int) -> list[int]:

@@ -10,6 +10,7 @@ Shapes: T tokens (batch and time flattened), D model, E experts, K active expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -106,36 +107,40 @@ class Experts(nn.Module):
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
         super().__init__()
+        self.num_experts = experts
         self.gate_proj = StackedLinear(experts, width, hidden)
         self.up_proj = StackedLinear(experts, width, hidden)
         self.down_proj = StackedLinear(experts, hidden, width)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Σ over a token's picks of weight · expert(x). Summed in float32 or wider, in a fixed order. [T, D].
-
-        The weight multiplies the hidden values, F of them rather than D, which is the same before rounding.
-        """
+        """Σ over a token's picks of weight · expert(x). Summed in float32 or wider, in a fixed order. [T, D]."""
         if can_group(x_TD, self.gate_proj.weight):
-            return self.run_grouped(x_TD, routing)
+            return in_expert_order(x_TD.to(torch.bfloat16), routing, self.num_experts, self.run_grouped)
         weights = (part.weight for part in (self.gate_proj, self.up_proj, self.down_proj))
         return experts_in_turn(x_TD, routing.weights_TK, routing.indices_TK, *weights)
 
-    def run_grouped(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def run_grouped(self, sorted_XD: Tensor, counts_E: Tensor) -> Tensor:
         """All experts in three grouped products, without waiting for the counts on the host."""
-        low, num_picks = product_type(x_TD), routing.indices_TK.shape[-1]
-        expert_X = routing.indices_TK.flatten()
-        order_X = expert_X.argsort(stable=True)
-        ends_E = expert_X.bincount(minlength=self.gate_proj.weight.shape[0]).cumsum(0).to(torch.int32)
+        ends_E = counts_E.cumsum(0).to(torch.int32)
 
         def linear(rows: Tensor, part: StackedLinear) -> Tensor:
-            return F.grouped_mm(rows, part.weight.to(low).transpose(1, 2), offs=ends_E)
+            return F.grouped_mm(rows, part.weight.to(rows.dtype).transpose(1, 2), offs=ends_E)
 
-        sorted_XD = x_TD.to(low)[order_X // num_picks]
         hidden_XF = F.silu(linear(sorted_XD, self.gate_proj)) * linear(sorted_XD, self.up_proj)
-        hidden_XF = hidden_XF * routing.weights_TK.flatten()[order_X, None].to(low)
-        out_XD = linear(hidden_XF, self.down_proj)
-        back_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X), device=order_X.device))
-        return out_XD[back_X].view(-1, num_picks, x_TD.shape[-1]).sum(1)
+        return linear(hidden_XF, self.down_proj)
+
+
+def in_expert_order(
+    x_TD: Tensor, routing: Routing, num_experts: int, run: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Sort picks by expert, `run` the rows [X, D] of which each expert has counts_E, weigh and sum what comes out."""
+    num_picks = routing.indices_TK.shape[-1]
+    expert_X = routing.indices_TK.flatten()
+    order_X = expert_X.argsort(stable=True)
+    out_XD = run(x_TD[order_X // num_picks], expert_X.bincount(minlength=num_experts))
+    back_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X), device=order_X.device))
+    out_TKD = out_XD[back_X].view(-1, num_picks, x_TD.shape[-1])
+    return (out_TKD * routing.weights_TK[..., None]).sum(1).to(x_TD.dtype)
 
 
 def can_group(x_TD: Tensor, weight_EFD: Tensor) -> bool:
