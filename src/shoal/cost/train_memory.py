@@ -3,7 +3,8 @@
 State follows `shoal.train`: float32 master weights and gradients; AdamW's two moments, or Muon's one for matrices; and
 under bf16 autocast a bfloat16 copy of every matrix while a step runs. Activations are what the layers of `shoal.model`
 keep for the backward pass under autocast: the residual stream and the norms in float32, inputs and outputs of products
-in bfloat16. Small vectors a token are left out; a test holds the sum against what PyTorch really saves.
+in bfloat16 (on a CPU; a GPU's grouped experts keep somewhat more). Small vectors a token are left out; a test holds
+the sum against what PyTorch really saves.
 
 Letters: D hidden_size, N heads, H nope, R rope, V value head, C latent, F intermediate, E experts, K active experts.
 """
@@ -83,7 +84,8 @@ def _mlp(hidden: int, width: int) -> int:
 def _experts(config: ModelConfig) -> dict[str, int]:
     moe, hidden = config.moe, config.hidden_size
     assert moe is not None
-    picked = moe.num_experts_per_tok * (_mlp(hidden, moe.moe_intermediate_size) + BF16 * hidden)
+    # One operator: it keeps its input and the two products before the gate, and makes the rest again.
+    picked = BF16 * (hidden + moe.num_experts_per_tok * 2 * moe.moe_intermediate_size)
     router = F32 * 2 * moe.n_routed_experts
     return {
         "router": router,
