@@ -107,6 +107,9 @@ class Core:
         self.vocab_size = config.vocab_size
         self.known_ids = min(known_ids or config.vocab_size, config.vocab_size)
         self.looks_ahead = plan.looks_ahead
+        self.plan = plan
+        self.wide = wide
+        self.cache_type = CACHES[cache]
         self._engine = plan.engine
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
@@ -237,6 +240,7 @@ class Core:
         if len(batch.wanted) > len(self._logits):
             self._logits = np.empty((len(batch.wanted), self.vocab_size), np.float32)
         logits = self._logits[: len(batch.wanted)]
+        began = time.perf_counter()
         try:
             self._engine.run(batch.tokens, batch.positions, batch.first_row, batch.pages, batch.wanted, logits)
         except Exception as error:
@@ -244,10 +248,12 @@ class Core:
                 piece.sequence.fail(error)
             done.extend((piece, 0) for piece in batch.slices)
             return
+        each = (time.perf_counter() - began) / len(batch.tokens)
         row = 0
         for piece in batch.slices:
             rows = logits[row : row + piece.rows - piece.logits_from]
             row += len(rows)
+            piece.sequence.machine_seconds += piece.rows * each
             kept = 0
             try:
                 if not piece.sequence.cancelled:

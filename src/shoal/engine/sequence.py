@@ -36,8 +36,8 @@ class Sequence:
         max_tokens: most tokens to produce; 0 only reads the prompt.
         watch: called with the position of a prompt token and the logits after it and its successors, [n, V], for all of
             the prompt in order and each position once; the array is overwritten by the next step.
-        finish: None while it runs, then `stop` (an end-of-text token, which is not among the outputs), `length`, or
-            `error`, with `error` set.
+        finish: None while it runs, then `stop` (an end-of-text token, which is not among the outputs, or the end of its
+            grammar), `length`, or `error`, with `error` set.
         cancelled: nobody waits for it any more.
     """
 
@@ -61,7 +61,9 @@ class Sequence:
     error: Exception | None = None
     cancelled: bool = False
     submitted_at: float = 0.0
+    started_at: float | None = None  # when it first left the queue
     first_at: float | None = None
+    machine_seconds: float = 0.0  # its share of the steps that it took part in, by rows
     drafted: int = 0
     accepted: int = 0
     preempted: int = 0  # how often it gave its pages back and had to wait
@@ -129,6 +131,9 @@ class Sequence:
             return False
         self.tokens.append(produced.token)
         self.outputs.append(produced)
+        if self.sampler.finished:
+            self.finish = "stop"
+            return False
         if self.produced >= self.max_tokens:
             self.finish = "length"
             return False
