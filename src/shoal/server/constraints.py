@@ -83,7 +83,7 @@ def _call(tool: Tool, syntax: ToolSyntax, tokenizer: Tokenizer) -> str:
             "additionalProperties": False, **definitions,
         }  # fmt: skip
     before = syntax.marker + syntax.before.replace("{name}", function.name)
-    pieces = (_literal(before, tokenizer), f"%json {json.dumps(body)}", _literal(syntax.after, tokenizer))
+    pieces = (_literal(before, tokenizer), _schema(body), _literal(syntax.after, tokenizer))
     return " ".join(piece for piece in pieces if piece)
 
 
@@ -97,7 +97,14 @@ def _literal(text: str, tokenizer: Tokenizer) -> str:
 
 
 def _json(schema: dict[str, Any] | bool) -> str:
-    return f"start: %json {json.dumps(schema)}"
+    return f"start: {_schema(schema)}"
+
+
+def _schema(schema: dict[str, Any] | bool) -> str:
+    """White space between the parts is the model's choice, but little of it: small models love to go on with it."""
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": {"whitespace_pattern": "[ \\n]{1,16}"}}
+    return f"%json {json.dumps(schema)}"
 
 
 def _parsed(schema: dict[str, Any] | str) -> dict[str, Any]:
@@ -113,17 +120,10 @@ def _parsed(schema: dict[str, Any] | str) -> dict[str, Any]:
 
 
 def _regex(pattern: str) -> str:
-    escaped = "".join("\\/" if c == "/" and not odd else c for c, odd in _with_escapes(pattern)).replace("\n", "\\n")
-    return f"start: /{escaped}/"
+    """In the Rust library's syntax; a digit is an ASCII one."""
+    from llguidance import regex_to_lark
 
-
-def _with_escapes(pattern: str) -> list[tuple[str, bool]]:
-    """Each character, and whether a backslash stands before it that is not itself escaped."""
-    out, escaped = [], False
-    for char in pattern:
-        out.append((char, escaped))
-        escaped = char == "\\" and not escaped
-    return out
+    return f"start: /{regex_to_lark(pattern, use_ascii='d')}/"
 
 
 def _lark(grammar: str) -> str:
