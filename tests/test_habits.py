@@ -177,7 +177,17 @@ def _is_true(node: ast.expr) -> bool:
 
 
 @pytest.mark.parametrize(
-    "package", ["shoal", "shoal.formats", "shoal.kernels", "shoal.engine", "shoal.quant", "shoal.server", "shoal.cli"]
+    "package",
+    [
+        "shoal",
+        "shoal.formats",
+        "shoal.kernels",
+        "shoal.engine",
+        "shoal.quant",
+        "shoal.data",
+        "shoal.server",
+        "shoal.cli",
+    ],
 )
 def test_no_torch_on_the_serving_path(package):
     """`pip install shoal` brings no torch: importing a room, and every module of all but the engine, does without."""

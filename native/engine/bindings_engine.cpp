@@ -27,6 +27,8 @@ using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 using OutInts = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Routes = nb::ndarray<int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using RouteWeights = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 void require(bool condition, const char* problem) {
     if (!condition) throw nb::value_error(problem);
@@ -247,19 +249,37 @@ class PlanEngine {
             op->scaling = nb::cast<float>(routing["scaling"]);
         }
         if (!moments.empty()) hold_moments(*op, moments);
-        feed_forwards_.push_back(op.get());
+        feed_forwards_.push_back({program_, op.get()});
         put(std::move(op), true);
     }
 
     // How many routed experts all steps so far have read, and their packed bytes; an expert counts once a step.
     std::pair<size_t, size_t> experts_read() const {
         size_t count = 0, bytes = 0;
-        for (const shoal::FeedForward* op : feed_forwards_) {
+        for (const auto& [program, op] : feed_forwards_) {
             if (!op->experts) continue;
             count += op->expert_reads;
             bytes += op->expert_reads * (op->expert_gate.bytes() + op->expert_up.bytes() + op->expert_down.bytes());
         }
         return {count, bytes};
+    }
+
+    // Where the last step of program 0 sent its tokens, in every layer with experts: experts and weights [L, T, K],
+    // entropy [L, T] of the router's probabilities. A copy of what the step left behind: it costs the step nothing.
+    void routing(Routes experts, RouteWeights weights, OutFloats entropy) const {
+        const auto layers = routed_layers();
+        const bool whole = experts.shape(0) == layers.size() && long(experts.shape(1)) == rows_ && rows_ > 0;
+        require(whole && weights.shape(0) == layers.size() && long(weights.shape(1)) == rows_ &&
+                    weights.shape(2) == experts.shape(2) && entropy.shape(0) == layers.size() &&
+                    long(entropy.shape(1)) == rows_,
+                "routing of another step");
+        for (const auto* op : layers)
+            require(op->active == long(experts.shape(2)), "another number of experts a token");
+        nb::gil_scoped_release unlocked;
+        const long step = rows_ * long(experts.shape(2));
+        for (size_t i = 0; i < layers.size(); ++i)
+            layers[i]->last_routing(rows_, experts.data() + i * step, weights.data() + i * step,
+                                    entropy.data() + i * rows_);
     }
 
     void head(long in, Floats norm, float eps, const Packed& weight, std::optional<OutFloats> moments) {
@@ -305,6 +325,12 @@ class PlanEngine {
     }
 
   private:
+    std::vector<const shoal::FeedForward*> routed_layers() const {
+        std::vector<const shoal::FeedForward*> out;
+        for (const auto& [program, op] : feed_forwards_)
+            if (program == 0 && op->experts) out.push_back(op);
+        return out;
+    }
     shoal::PackedMatrix hold(const Packed& packed) {
         memory_.push_back(packed.memory);
         return packed.matrix;
@@ -340,7 +366,7 @@ class PlanEngine {
     }
 
     shoal::Engine engine_;
-    std::vector<const shoal::FeedForward*> feed_forwards_;  // the engine owns them
+    std::vector<std::pair<size_t, const shoal::FeedForward*>> feed_forwards_;  // by program; the engine owns them
     std::vector<Bytes> memory_;
     std::vector<Floats> floats_;
     std::vector<OutFloats> moments_;
@@ -395,6 +421,7 @@ void shoal_bind_engine(nb::module_& m) {
              "out"_a)
         .def("feed_forward", &PlanEngine::feed_forward, "input"_a, "norm"_a, "eps"_a, "dense"_a, "router"_a.none(),
              "bias"_a.none(), "routed"_a, "routing"_a, "moments"_a = std::vector<OutFloats>{})
+        .def("routing", &PlanEngine::routing, "experts"_a.noconvert(), "weights"_a.noconvert(), "entropy"_a.noconvert())
         .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a, "moments"_a.noconvert() = nb::none())
         .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
              "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert(), "program"_a = 0,

@@ -29,6 +29,7 @@ class FileError(ShoalError):
     def __init__(self, path: str | Path, problem: str, *, item: str | None = None) -> None:
         self.path = Path(path)
         self.item = item
+        self.problem = problem
         where = f"{path}: {item}" if item else f"{path}"
         super().__init__(f"{where}: {problem}")
 

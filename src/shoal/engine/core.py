@@ -7,11 +7,10 @@ step: while one computes, only its thread hands out pages or touches the sequenc
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ from shoal.engine.machine import usable_cpus
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
 from shoal.engine.plan import PAGE_TOKENS, Moments, cache_widths, write_plan
+from shoal.engine.routing import Routing, Step, read_routing
 from shoal.engine.sampler import likeliest, log_total
 from shoal.engine.scheduler import Scheduler, Slice
 from shoal.engine.sequence import Produced, Sequence
@@ -54,6 +54,23 @@ class _Batch:
     first_row: NDArray[np.int32]
     pages: NDArray[np.int32]
     wanted: NDArray[np.int32]
+
+
+class _Locked:
+    """Holds `turn`; on the way out, free again, does what `release` could not do meanwhile."""
+
+    __slots__ = ("_sweep", "_turn")
+
+    def __init__(self, turn: threading.Condition, sweep: Callable[[], None]) -> None:
+        self._turn = turn
+        self._sweep = sweep
+
+    def __enter__(self) -> None:
+        self._turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.release()
+        self._sweep()
 
 
 class Core:
@@ -111,6 +128,8 @@ class Core:
         self.wide = wide
         self.cache_type = CACHES[cache]
         self._engine = plan.engine
+        self._config = config
+        self._steps = 0
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
             self._pool, step_tokens=step_tokens, mixed_tokens=mixed_tokens, max_running=max_running
@@ -167,13 +186,8 @@ class Core:
             finally:
                 self._turn.release()
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        try:
-            with self._turn:
-                yield
-        finally:
-            self._sweep()
+    def _locked(self) -> _Locked:
+        return _Locked(self._turn, self._sweep)
 
     def advance(self, sequence: Sequence) -> None:
         """Return once the sequence has a new output, is finished or was released."""
@@ -215,23 +229,28 @@ class Core:
     def _plan(self, slices: list[Slice]) -> _Batch | None:
         if not slices:
             return None
-        first_row = np.zeros(len(slices) + 1, np.int32)
-        first_row[1:] = np.cumsum([piece.rows for piece in slices])
-        table = np.zeros((len(slices), max(len(piece.sequence.pages) for piece in slices)), np.int32)
+        # Lists until the end: a step holds few rows of most slices, and every call into NumPy costs a microsecond.
+        tokens: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        first_row = [0]
+        for piece in slices:
+            wanted.extend(range(first_row[-1] + piece.logits_from, first_row[-1] + piece.rows))
+            positions.extend(range(piece.start, piece.start + piece.rows))
+            tokens += piece.tokens
+            tokens += piece.draft
+            first_row.append(len(tokens))
+        most = max(len(piece.sequence.pages) for piece in slices)
+        table = np.zeros((len(slices), most), np.int32)
         for index, piece in enumerate(slices):
             table[index, : len(piece.sequence.pages)] = piece.sequence.pages
         return _Batch(
             slices=slices,
-            tokens=np.concatenate([np.array(piece.tokens + piece.draft, np.int32) for piece in slices]),
-            positions=np.concatenate([np.arange(p.start, p.start + p.rows, dtype=np.int32) for p in slices]),
-            first_row=first_row,
+            tokens=np.array(tokens, np.int32),
+            positions=np.array(positions, np.int32),
+            first_row=np.array(first_row, np.int32),
             pages=table,
-            wanted=np.concatenate(
-                [
-                    np.arange(first + piece.logits_from, first + piece.rows, dtype=np.int32)
-                    for piece, first in zip(slices, first_row[:-1], strict=True)
-                ]
-            ),
+            wanted=np.array(wanted, np.int32),
         )
 
     def _compute(self, batch: _Batch, done: list[tuple[Slice, int]]) -> None:
@@ -240,7 +259,7 @@ class Core:
         if len(batch.wanted) > len(self._logits):
             self._logits = np.empty((len(batch.wanted), self.vocab_size), np.float32)
         logits = self._logits[: len(batch.wanted)]
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
             self._engine.run(batch.tokens, batch.positions, batch.first_row, batch.pages, batch.wanted, logits)
         except Exception as error:
@@ -248,7 +267,9 @@ class Core:
                 piece.sequence.fail(error)
             done.extend((piece, 0) for piece in batch.slices)
             return
-        each = (time.perf_counter() - began) / len(batch.tokens)
+        ended = time.perf_counter()
+        self._steps += 1
+        each = (ended - started) / len(batch.tokens)
         row = 0
         for piece in batch.slices:
             rows = logits[row : row + piece.rows - piece.logits_from]
@@ -261,12 +282,37 @@ class Core:
             except Exception as error:
                 piece.sequence.fail(error)
             done.append((piece, kept))
+        if self._config.moe is not None and any(piece.sequence.on_routing for piece in batch.slices):
+            step = Step(number=self._steps, rows=len(batch.tokens), started=started, seconds=ended - started)
+            self._report_routing(batch, step, [kept for _, kept in done])
         if self.looks_ahead:
             try:
                 self._look_ahead(batch, [kept for _, kept in done])
             except Exception as error:
                 for piece in batch.slices:
                     piece.sequence.fail(error)
+
+    def _report_routing(self, batch: _Batch, step: Step, kept: list[int]) -> None:
+        """Tell who asked where the step's tokens went. Wrong drafts are none of the sequence's tokens, and what is read
+        a second time, after its pages were given back, goes where it went before."""
+        experts_LTK, weights_LTK, entropy_LT = read_routing(self._engine, self._config, step.rows)
+        for piece, row, accepted in zip(batch.slices, batch.first_row.tolist(), kept, strict=False):
+            sequence = piece.sequence
+            skip = max(0, sequence.routed - piece.start)
+            tokens = (piece.tokens + piece.draft[:accepted])[skip:]
+            if not sequence.on_routing or not tokens:
+                continue
+            rows = slice(row + skip, row + skip + len(tokens))
+            sequence.routed = piece.start + skip + len(tokens)
+            routing = Routing(
+                first=piece.start + skip, tokens=tuple(tokens), experts_LTK=experts_LTK[:, rows],
+                weights_LTK=weights_LTK[:, rows], entropy_LT=entropy_LT[:, rows], step=step,
+            )  # fmt: skip
+            try:
+                for listen in sequence.on_routing:
+                    listen(routing)
+            except Exception as error:
+                sequence.fail(error)
 
     def _look_ahead(self, batch: _Batch, kept: list[int]) -> None:
         """Run the prediction layer over the step's rows that stay, each beside the token that really followed it, and

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Generator
 
 from shoal.engine.core import Core, Floats
 from shoal.engine.outputs import Chunk, Stats, TokenLogprob
+from shoal.engine.routing import Routing
 from shoal.engine.sampler import likeliest, log_total
 from shoal.engine.sequence import Produced, Sequence
 from shoal.engine.stops import StopMatcher
@@ -32,6 +34,9 @@ class Generation:
         self._taken = 0
         self._scores: list[TokenLogprob] = []
         self._scores_shown = not score
+        self._routings: deque[Routing] = deque()
+        if sequence.params.routing:
+            sequence.on_routing.append(self._routings.append)
         if score:
             sequence.watch = self._watch
             self._scores.append(self._logprob(Produced(token=sequence.tokens[0], logprob=math.nan)))
@@ -60,6 +65,8 @@ class Generation:
         if not self._scores_shown and (sequence.outputs or finish in ("stop", "length")):
             self._scores_shown = True
             out.append(Chunk(logprobs=tuple(self._scores)))
+        if self._routings:
+            out.append(Chunk(routing=tuple(self._routings.popleft() for _ in range(len(self._routings)))))
         while sequence.outputs and not self._stops.stopped:
             produced = sequence.outputs.popleft()
             self._taken += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from shoal.engine.generation import Generation
 from shoal.engine.grammar import Grammars
 from shoal.engine.outputs import Chunk, Completion, TokenLogprob
 from shoal.engine.params import SamplingParams
+from shoal.engine.routing import OnRouting
 from shoal.engine.sampler import Sampler
 from shoal.engine.sequence import Sequence as Running
 from shoal.errors import RequestError
@@ -85,6 +86,9 @@ class LLM:
         if cache_tokens is None:
             cache_tokens = max(DEFAULT_CACHE_TOKENS, self.max_context) if max_context else DEFAULT_CACHE_TOKENS
         self.max_context = min(self.max_context, cache_tokens)
+        # Called with the number of prompt tokens of each request that is prepared; what it returns hears where the
+        # request's tokens go (`shoal.trace`).
+        self.trace: Callable[[int], OnRouting] | None = None
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
         known_ids = min(self.tokenizer.vocab_size, self.config.vocab_size)
         self._grammars = Grammars(self.tokenizer, known_ids, tuple(self._eos))
@@ -226,7 +230,7 @@ class LLM:
         return Running(
             tokens=ids, prompt_tokens=len(ids), params=params, sampler=sampler,
             max_tokens=budget if params.max_tokens is None else min(params.max_tokens, budget), eos=self._eos,
-            draft_length=self.speculate,
+            draft_length=self.speculate, on_routing=[self.trace(len(ids))] if self.trace is not None else [],
         )  # fmt: skip
 
     def _prompt_ids(self, prompt: str | Sequence[int], *, room: int) -> list[int]:

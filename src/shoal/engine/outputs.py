@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shoal.engine.routing import Routing
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
@@ -44,7 +46,8 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """One streamed piece. Text may lag behind tokens (split characters, possible stop strings).
+    """One streamed piece. Text may lag behind tokens (split characters, possible stop strings), and so does `routing`:
+    where a token went is known once it is read, a step after it was chosen.
 
     The last chunk, and only it, carries `stats` and `finish_reason` (`stop`: end-of-text or stop string; `length`:
     max_tokens or context)."""
@@ -52,6 +55,7 @@ class Chunk:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    routing: tuple[Routing, ...] = ()
     finish_reason: str | None = None
     stats: Stats | None = None
 

@@ -32,6 +32,7 @@ class SamplingParams:
         presence_penalty, frequency_penalty: subtracted from the logits of tokens already produced, as in OpenAI's API.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or text (CTRL).
         logit_bias: added to the logits of single tokens, from -100, which forbids a token altogether, to 100.
+        routing: report which experts each token went to, as it happens; nothing in models without experts.
         ignore_eos: go on past end-of-text tokens (benchmarks).
         grammar: what the text must match, in the dialect of `engine.grammar`; it decides where the text may end.
         grammar_after: the grammar begins behind this token (`</think>`); what comes before it is free.
@@ -49,6 +50,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    routing: bool = False
     ignore_eos: bool = False
     grammar: str | None = None
     grammar_after: int | None = None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from shoal.engine.pages import page_key
 from shoal.engine.params import SamplingParams
 from shoal.engine.plan import PAGE_TOKENS
+from shoal.engine.routing import OnRouting
 from shoal.engine.sampler import Sampler
 
 LOOKUP_GRAM = 3
@@ -36,6 +37,8 @@ class Sequence:
         max_tokens: most tokens to produce; 0 only reads the prompt.
         watch: called with the position of a prompt token and the logits after it and its successors, [n, V], for all of
             the prompt in order and each position once; the array is overwritten by the next step.
+        on_routing: each is called with where tokens went, prompt and answer in order and each token once. Tokens that
+            came from the cache, and an answer's last one, which nothing reads, are left out.
         finish: None while it runs, then `stop` (an end-of-text token, which is not among the outputs, or the end of its
             grammar), `length`, or `error`, with `error` set.
         cancelled: nobody waits for it any more.
@@ -51,6 +54,8 @@ class Sequence:
     ahead: tuple[int, int] | None = None  # (length of `tokens`, the model's own guess of the token that follows)
     watch: Watch | None = None
     watched: int = 0
+    on_routing: list[OnRouting] = field(default_factory=list)
+    routed: int = 0  # tokens before this position have been reported
     arrival: int = -1  # its place in the order of submission
     computed: int = 0
     cached_tokens: int | None = None  # of the prompt, found in the cache; None before the first step

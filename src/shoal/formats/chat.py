@@ -93,6 +93,18 @@ class ChatFormat:
         guard = Guard(tokenizer, (messages, tools, options), self.template_source)
         return guard.encode(self._render(guard, messages, tools, add_generation_prompt, options))
 
+    def render_guarded(
+        self,
+        guard: Guard,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        add_generation_prompt: bool,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """As `render`, with the marks of `guard` still in the text, for callers that encode it in parts."""
+        return self._render(guard, messages, tools, add_generation_prompt, options)
+
     def starts_in_reasoning(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
         """Whether the prompt leaves the model inside an open `<think>`, so that its answer begins with reasoning."""
         return prompt_opens_reasoning(tokenizer, prompt)

@@ -133,14 +133,15 @@ class Guard(Strings):
                 at = end
         return "".join([*out, text[at:]]) if out else text
 
-    def encode(self, rendered: str) -> list[int]:
+    def encode(self, rendered: str, *, first: bool = True) -> list[int]:
+        """Ids of a rendered text, or of a part of one that does not begin it (`first` is False)."""
         ids: list[int] = []
         at = 0
         for start, end, token_id in self._tokenizer.find_control(rendered):
-            ids += self._plain_ids(rendered[at:start], first=at == 0)
+            ids += self._plain_ids(rendered[at:start], first=first and at == 0)
             ids.append(token_id)
             at = end
-        return ids + self._plain_ids(rendered[at:], first=at == 0)
+        return ids + self._plain_ids(rendered[at:], first=first and at == 0)
 
     def _plain_ids(self, text: str, *, first: bool) -> list[int]:
         return self._tokenizer.encode_piece(text.translate(self._show), first=first)

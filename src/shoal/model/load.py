@@ -39,7 +39,7 @@ def load_model(
     checkpoint.check_complete()
     model = empty_model(checkpoint.config, dtype=dtype, device=device)
     for name, target in model.state_dict().items():
-        _fill(target, checkpoint.tensors[name])
+        fill(target, checkpoint.tensors[name])
     return model
 
 
@@ -90,18 +90,20 @@ def as_checkpoint(model: Model, *, like: Checkpoint | None = None) -> Checkpoint
     )
 
 
-def _fill(target: Tensor, source: LazyTensor) -> None:
+def fill(target: Tensor, source: LazyTensor) -> None:
+    """Read a tensor, chunk by chunk, into memory that is there already. FileError if it has more or fewer rows."""
     row = 0
     for chunk in source.chunks():
         if row + len(chunk) > len(target) or chunk.shape[1:] != target.shape[1:]:
             raise FileError(source.source, f"yields more than its shape {list(source.shape)}", item=source.name)
-        target[row : row + len(chunk)].copy_(_to_torch(chunk))
+        target[row : row + len(chunk)].copy_(to_torch(chunk))
         row += len(chunk)
     if row != len(target):
         raise FileError(source.source, f"ends after {row} of {len(target)} rows", item=source.name)
 
 
-def _to_torch(chunk: Array) -> Tensor:
+def to_torch(chunk: Array) -> Tensor:
+    """A chunk of a `LazyTensor` as a tensor of the same type."""
     # torch cannot read ml_dtypes nor write-protected memory (a mapped file): reinterpret, and copy where it must.
     if chunk.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(np.require(chunk.view(np.int16), requirements=["W", "C"])).view(torch.bfloat16)

@@ -103,6 +103,7 @@ class Experts(nn.Module):
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
         super().__init__()
+        self.num_experts = experts
         self.gate_proj = StackedLinear(experts, width, hidden)
         self.up_proj = StackedLinear(experts, width, hidden)
         self.down_proj = StackedLinear(experts, hidden, width)
@@ -112,13 +113,16 @@ class Experts(nn.Module):
         num_picks = routing.indices_TK.shape[-1]
         expert_X = routing.indices_TK.flatten()
         order_X = expert_X.argsort(stable=True)
-        counts_E = expert_X.bincount(minlength=self.gate_proj.weight.shape[0])
-        sorted_XD = x_TD[order_X // num_picks]
-        run = self.run_grouped if can_group(sorted_XD, self.gate_proj.weight) else self.run_loop
-        out_XD = run(sorted_XD, counts_E)
+        counts_E = expert_X.bincount(minlength=self.num_experts)
+        out_XD = self.run(x_TD[order_X // num_picks], counts_E)
         back_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X), device=order_X.device))
         out_TKD = out_XD[back_X].view(-1, num_picks, x_TD.shape[-1])
         return (out_TKD * routing.weights_TK[..., None]).sum(1).to(x_TD.dtype)
+
+    def run(self, sorted_XD: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert, `counts_E` of them for each, through their experts. [X, D]."""
+        grouped = can_group(sorted_XD, self.gate_proj.weight)
+        return self.run_grouped(sorted_XD, counts_E) if grouped else self.run_loop(sorted_XD, counts_E)
 
     def run_loop(self, sorted_XD: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert that was picked, on its run of rows. Works for every type and size."""

@@ -1,0 +1,1 @@
+"""Training: recipes, the loop, optimisers, router balance, checkpoints. Needs the `train` extra."""

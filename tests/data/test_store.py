@@ -1,0 +1,58 @@
+"""Documents and what is known about them lie beside each other and cannot come apart unnoticed."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.data import store
+from shoal.data.document import Document
+from shoal.errors import FileError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for shard in range(2):
+        with store.document_writer(tmp_path, shard) as write:
+            for i in range(3):
+                write(Document(id=f"{shard}-{i}", text=f"text {i}\n", metadata={"licence": "MIT", "hash": "0"}))
+    return tmp_path
+
+
+def test_attributes_join_their_documents(folder):
+    for shard in range(2):
+        store.write_attributes(folder, "quality", shard, {"score": [shard + i / 10 for i in range(3)]})
+    store.write_attributes(folder, "half", 0, {"other": [1, 2, 3]})
+    found = list(store.read_folder(folder, ["quality"]))
+    assert [(d.id, d.attributes) for d in found[2:4]] == [("0-2", {"score": 0.2}), ("1-0", {"score": 1.0})]
+    assert found[0].metadata == {"licence": "MIT", "hash": "0"}
+    assert store.attribute_names(folder) == ["quality"]
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_wrong_number_of_rows_is_found(folder, rows):
+    store.write_attributes(folder, "quality", 0, {"score": [0.0] * rows})
+    with pytest.raises(FileError, match=f"score .*{rows}"):
+        list(store.read_shard(folder, 0, ["quality"]))
+
+
+def test_missing_and_damaged_attributes(folder):
+    with pytest.raises(FileError, match=r"quality/00001\.parquet: is missing"):
+        store.read_attributes(folder, "quality", 1)
+    store.write_attributes(folder, "quality", 1, {"score": [0.0] * 3})
+    path = store.attribute_path(folder, "quality", 1)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(FileError, match=r"quality/00001\.parquet: is damaged"):
+        store.read_attributes(folder, "quality", 1)
+
+
+def test_a_failed_writer_leaves_nothing(tmp_path):
+    def fail() -> None:
+        with store.document_writer(tmp_path, 0) as write:
+            write(Document(id="a", text="b"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list((tmp_path / "documents").iterdir()) == []
+    with pytest.raises(FileError, match="holds no documents"):
+        store.shard_numbers(tmp_path)
