@@ -7,6 +7,7 @@ refused rather than ignored.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -193,7 +194,9 @@ def parse_request(kind: type[BodyT], body: Any) -> BodyT:
 
 def _explain(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))[:200] or None
+    # A union's branches stand in the path too, by the names of their types.
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"(?!str$|bool$)[a-z_]+", part)]
+    param = ".".join(path)[:200] or None
     if first["type"] == "missing":
         return RequestError(param, "is required", code="missing_required_parameter")
     problem = first["msg"].removeprefix("Value error, ")
