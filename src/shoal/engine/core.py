@@ -305,7 +305,8 @@ class Core:
             rows = slice(row + skip, row + skip + len(tokens))
             sequence.routed = piece.start + skip + len(tokens)
             routing = Routing(
-                first=piece.start + skip, tokens=tuple(tokens), experts_LTK=experts_LTK[:, rows],
+                first=piece.start + skip, prompt_tokens=sequence.prompt_tokens, tokens=tuple(tokens),
+                experts_LTK=experts_LTK[:, rows],
                 weights_LTK=weights_LTK[:, rows], entropy_LT=entropy_LT[:, rows], step=step,
             )  # fmt: skip
             try:

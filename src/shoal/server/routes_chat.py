@@ -18,6 +18,7 @@ from shoal.server.body import read_json
 from shoal.server.constraints import format_constraint, tool_constraint
 from shoal.server.protocol import parse_request
 from shoal.server.protocol_chat import ChatRequest, Message, Tool
+from shoal.server.routing import with_routing
 from shoal.server.service import (
     Service,
     checked_grammar,
@@ -28,7 +29,7 @@ from shoal.server.service import (
     token_text,
     usage,
     whole_answer,
-)  # fmt: skip
+)
 from shoal.server.sse import EventStream
 from shoal.server.worker import Piece
 
@@ -55,7 +56,7 @@ async def chat_completions(request: Request) -> Response:
     results = service.worker.submit(plan.generations)
     reply = _Reply(service, body, plan)
     if body.stream:
-        return EventStream(results, reply.events)
+        return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
 
 

@@ -19,6 +19,7 @@ from shoal.server.body import read_json
 from shoal.server.constraints import format_constraint
 from shoal.server.protocol import parse_request
 from shoal.server.protocol_text import CompletionRequest
+from shoal.server.routing import with_routing
 from shoal.server.service import (
     Service,
     checked_grammar,
@@ -29,7 +30,7 @@ from shoal.server.service import (
     token_text,
     usage,
     whole_answer,
-)  # fmt: skip
+)
 from shoal.server.sse import EventStream
 from shoal.server.worker import Piece
 
@@ -42,7 +43,7 @@ async def completions(request: Request) -> Response:
     results = service.worker.submit(generations)
     reply = _Reply(service, body, echoes)
     if body.stream:
-        return EventStream(results, reply.events)
+        return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
 
 
