@@ -26,6 +26,7 @@ VERBS = {
     "convert": "Convert a model between a Hugging Face folder and GGUF.",
     "bench": "Measure a model: speed of prompt and decoding, time to the first token, memory.",
     "train": "Train a model from text, by a recipe.",
+    "tune": "Tune a model on examples: adapters under a budget, or all weights.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
     "info": "Show this machine, or what a model is and costs.",
     "models": "List the models at hand.",

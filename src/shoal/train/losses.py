@@ -22,6 +22,8 @@ from shoal.train.batches import IGNORE
 
 # Logits in memory at a time: 64 MB in float32.
 CHUNK_LOGITS = 1 << 24
+# Share of tokens that count below which the others are left out rather than multiplied by 0.
+SPARSE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +191,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_XD) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         loss_X, square_X = weights_X.new_zeros(len(targets_X)), weights_X.new_zeros(len(targets_X))
-        for rows in _chunks(len(targets_X), len(head_VD)):
+        for rows in _chunks(targets_X, len(head_VD)):
             hidden_CD = hidden_XD[rows].to(head_low_VD.dtype)
             logits_CV = (hidden_CD @ head_low_VD.T).to(wide)
             target_C1 = targets_X[rows].clamp(min=0)[:, None]
@@ -210,7 +212,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # The token's weight goes to the narrow side of each product.
             weights_C1 = weights_X[rows][:, None]
             if grad_hidden is not None:
-                grad_hidden[rows] = (d_CV @ head_low_VD).to(wide) * weights_C1
+                grad_hidden[rows] = ((d_CV @ head_low_VD).to(wide) * weights_C1).to(grad_hidden.dtype)
             if grad_head is not None:
                 grad_head += d_CV.T @ (hidden_CD * weights_C1).to(head_low_VD.dtype)
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype))
@@ -239,7 +241,12 @@ def _product_type(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
+def _chunks(targets_X: Tensor, vocabulary: int) -> Iterator[slice | Tensor]:
+    """All tokens in turn; where many count for nothing, as the questions in tuning, only those that count."""
     step = max(16, CHUNK_LOGITS // vocabulary // 16 * 16)
-    for start in range(0, num_tokens, step):
-        yield slice(start, min(start + step, num_tokens))
+    counts_X = targets_X != IGNORE
+    if float(counts_X.float().mean()) < SPARSE:
+        yield from torch.split(counts_X.nonzero()[:, 0], step)
+        return
+    for start in range(0, len(targets_X), step):
+        yield slice(start, min(start + step, len(targets_X)))
