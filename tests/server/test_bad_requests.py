@@ -163,7 +163,15 @@ def test_an_unknown_model_is_404_even_with_a_hostile_name(server: Running) -> No
 
 
 def test_unknown_routes_and_methods_answer_in_json(server: Running) -> None:
-    for path in ("/", "/v2", "//v1/models", "/v1/chat/completions/", "/v1/chat/../../etc/passwd"):
+    for path in (
+        "/page",
+        "/page/",
+        "/page/../app.py",
+        "/v2",
+        "//v1/models",
+        "/v1/chat/completions/",
+        "/v1/chat/../../etc/passwd",
+    ):
         assert error_of(server.http.get(path), 404)["code"] == "not_found"
     response = server.http.get(CHAT)
     assert error_of(response, 405)["code"] == "method_not_allowed"

@@ -19,7 +19,8 @@ from typer.main import get_command
 from shoal import __version__, settings
 from shoal.errors import ConfigError, ShoalError
 
-# Every verb is the function `run` of the module `shoal.cli.<verb>`; the summary opens that function's docstring.
+# A verb is the function `run` of the module `shoal.cli.<verb>`, or its `app` if it has verbs of its own; the summary
+# opens that function's docstring.
 VERBS = {
     "chat": "Talk to a model, one question or a conversation.",
     "serve": "Serve a model over HTTP with the OpenAI API.",
@@ -28,6 +29,8 @@ VERBS = {
     "train": "Train a model from text, by a recipe.",
     "tune": "Tune a model on examples: adapters under a budget, or all weights.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
+    "data": "Turn text and code into training data: clean, dedupe, choose, pack, report.",
+    "trace": "Record which experts each token goes to; sum a recording up or draw it.",
     "info": "Show this machine, or what a model is and costs.",
     "models": "List the models at hand.",
     "pull": "Fetch a model by its short name.",
@@ -40,8 +43,10 @@ class _Verb(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         module = importlib.import_module(f"shoal.cli.{self.name}")
-        app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=CONTEXT)
-        app.command(name=self.name)(module.run)
+        app = getattr(module, "app", None)
+        if app is None:
+            app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=CONTEXT)
+            app.command(name=self.name)(module.run)
         return get_command(app).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -32,7 +32,9 @@ def run(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Train a model from text, by a recipe. The same command goes on where an earlier one ended, however it ended.
+    """Train a model from text, by a recipe.
+
+    The same command goes on where an earlier one ended, however it ended.
 
     DIR gets log.jsonl (a line a step), checkpoints/ and, at the end, model/: a Hugging Face folder that Shoal,
     transformers and others load. Ctrl-C and SIGTERM save and end; so does touching DIR/STOP; DIR/SAVE saves.

@@ -83,9 +83,8 @@ class LLM:
         if cache_tokens is None:
             cache_tokens = max(DEFAULT_CACHE_TOKENS, self.max_context) if max_context else DEFAULT_CACHE_TOKENS
         self.max_context = min(self.max_context, cache_tokens)
-        # Called with the number of prompt tokens of each request that is prepared; what it returns hears where the
-        # request's tokens go (`shoal.trace`).
-        self.trace: Callable[[int], OnRouting] | None = None
+        # Called for each request that is prepared; what it returns hears where the request's tokens go (`shoal.trace`).
+        self.trace: Callable[[], OnRouting] | None = None
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
         self._core = Core(
             checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
@@ -157,6 +156,16 @@ class LLM:
         """Sequences that run and wait, and pages of the cache in use."""
         return self._core.load
 
+    @property
+    def cache_tokens(self) -> int:
+        """How many tokens the cache holds, over all sequences."""
+        return self._core.cache_tokens
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What a token takes in the cache, over all layers."""
+        return self._core.cache_bytes // self._core.cache_tokens
+
     # ---- parts that callers also need by themselves
 
     def encode_chat(
@@ -200,7 +209,7 @@ class LLM:
         return Running(
             tokens=ids, prompt_tokens=len(ids), params=params, sampler=Sampler(params, ids, self._core.known_ids),
             max_tokens=budget if params.max_tokens is None else min(params.max_tokens, budget), eos=self._eos,
-            draft_length=self.speculate, on_routing=[self.trace(len(ids))] if self.trace is not None else [],
+            draft_length=self.speculate, on_routing=[self.trace()] if self.trace is not None else [],
         )  # fmt: skip
 
     def _prompt_ids(self, prompt: str | Sequence[int], *, room: int) -> list[int]:

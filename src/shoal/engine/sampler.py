@@ -45,7 +45,7 @@ class Sampler:
             ShoalError: the logits are not numbers, or all −inf.
         """
         adjusted_V = self._adjust(logits_V)
-        best = int(np.argmax(adjusted_V))  # the first NaN if there is one
+        best = int(adjusted_V.argmax())  # the first NaN if there is one
         if not math.isfinite(adjusted_V[best]):
             raise self._no_choice(logits_V)
         token = best

@@ -16,6 +16,7 @@ import shoal
 from shoal.errors import ShoalError
 from shoal.server.errors import ApiError, handle_crash, handle_error, json_response
 from shoal.server.guard import LOOPBACK, Guard
+from shoal.server.page.routes import page_routes
 from shoal.server.routes_chat import chat_completions
 from shoal.server.routes_completions import completions
 from shoal.server.service import Service, service_of
@@ -46,6 +47,7 @@ def create_app(service: Service, *, hosts: frozenset[str] | None = LOOPBACK, api
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/version", version, methods=["GET"]),
+            *page_routes(),
         ],
         middleware=[Middleware(Guard, hosts=hosts, api_key=api_key)],
         exception_handlers={

@@ -103,6 +103,7 @@ class SamplingRequest(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    routing: bool | None = None  # Shoal's own: see server.routing
     best_of: int | None = None
     user: str | None = None
 
@@ -120,6 +121,8 @@ class SamplingRequest(_Body):
             raise RequestError("best_of", "is not supported; ask for n choices", code="unsupported_parameter")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options", "goes with stream: true only")
+        if self.routing and not self.stream:
+            raise RequestError("routing", "goes with stream: true only")
 
     def sampling(
         self, defaults: GenerationDefaults, *, max_tokens: int | None, logprobs: int | None, choice: int = 0
@@ -129,7 +132,7 @@ class SamplingRequest(_Body):
         for name in ("temperature", "top_p", "top_k", "min_p"):
             asked = getattr(self, name)
             given[name] = getattr(defaults, name) if asked is None else asked
-        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"):
+        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos", "routing"):
             given[name] = getattr(self, name)
         if self.seed is not None:
             if not -(1 << 63) <= self.seed < 1 << 63:

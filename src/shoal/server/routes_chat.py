@@ -13,6 +13,7 @@ from shoal.errors import RequestError
 from shoal.formats.reasoning import ReasoningSplitter
 from shoal.server.body import read_json
 from shoal.server.protocol import ChatRequest, Message, parse_request
+from shoal.server.routing import with_routing
 from shoal.server.service import service_of, shown_logprob, token_text, usage, whole_answer
 from shoal.server.sse import EventStream
 from shoal.server.worker import Piece
@@ -31,7 +32,7 @@ async def chat_completions(request: Request) -> Response:
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     reply = _Reply(service.head("chatcmpl", kind), body, in_reasoning)
     if body.stream:
-        return EventStream(results, reply.events)
+        return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
 
 

@@ -16,6 +16,7 @@ from shoal.engine import LLM, Chunk, Generation, Stats, TokenLogprob
 from shoal.errors import RequestError
 from shoal.server.body import read_json
 from shoal.server.protocol import CompletionRequest, parse_request
+from shoal.server.routing import with_routing
 from shoal.server.service import service_of, shown_logprob, token_text, usage, whole_answer
 from shoal.server.sse import EventStream
 from shoal.server.worker import Piece
@@ -29,7 +30,7 @@ async def completions(request: Request) -> Response:
     results = service.worker.submit(generations)
     reply = _Reply(service.head("cmpl", "text_completion"), body, echoes)
     if body.stream:
-        return EventStream(results, reply.events)
+        return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
 
 
