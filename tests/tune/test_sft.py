@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+from tests.tune.conftest import TALKS  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from shoal.errors import ConfigError, FileError  # noqa: E402
@@ -23,7 +24,6 @@ from shoal.model import load_model  # noqa: E402
 from shoal.train.log import read_log  # noqa: E402
 from shoal.tune.recipe import TuneSettings  # noqa: E402
 from shoal.tune.sft import Data, default_recipe, hold_out, settle, tune  # noqa: E402
-from tests.tune.conftest import TALKS  # noqa: E402
 
 
 class Quiet:
@@ -124,7 +124,9 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(small_llama, lines,
     assert len(seen) - 1 - int(np.argmin(seen)) == 3
     assert outcome.record["best_loss"] == min(seen)
     best_at = 2 * (int(np.argmin(seen)) + 1)
-    again = tune_with_validation(small_llama, data, other, tmp_path / "best", ValidationSettings(every=2), until=best_at)
+    again = tune_with_validation(
+        small_llama, data, other, tmp_path / "best", ValidationSettings(every=2), until=best_at
+    )
     name = "adapter_model.safetensors"
     assert again.step == best_at
     best = tensors(outcome.model / name)
@@ -148,9 +150,10 @@ def tune_with_validation(folder, data, other, out, validation, until=None):
 
 
 def test_experts_are_chosen_and_the_router_stays(hf_folder, lines, tmp_path, smollm):
+    from tests.tune.conftest import V3
+
     from shoal.formats.hf_save import save_folder
     from shoal.model import as_checkpoint, random_model
-    from tests.tune.conftest import V3
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
