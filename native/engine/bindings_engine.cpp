@@ -273,7 +273,8 @@ class PlanEngine {
                     weights.shape(2) == experts.shape(2) && entropy.shape(0) == layers.size() &&
                     long(entropy.shape(1)) == rows_,
                 "routing of another step");
-        for (const auto* op : layers) require(op->active == long(experts.shape(2)), "another number of experts a token");
+        for (const auto* op : layers)
+            require(op->active == long(experts.shape(2)), "another number of experts a token");
         nb::gil_scoped_release unlocked;
         const long step = rows_ * long(experts.shape(2));
         for (size_t i = 0; i < layers.size(); ++i)
@@ -420,8 +421,7 @@ void shoal_bind_engine(nb::module_& m) {
              "out"_a)
         .def("feed_forward", &PlanEngine::feed_forward, "input"_a, "norm"_a, "eps"_a, "dense"_a, "router"_a.none(),
              "bias"_a.none(), "routed"_a, "routing"_a, "moments"_a = std::vector<OutFloats>{})
-        .def("routing", &PlanEngine::routing, "experts"_a.noconvert(), "weights"_a.noconvert(),
-             "entropy"_a.noconvert())
+        .def("routing", &PlanEngine::routing, "experts"_a.noconvert(), "weights"_a.noconvert(), "entropy"_a.noconvert())
         .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a, "moments"_a.noconvert() = nb::none())
         .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
              "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert(), "program"_a = 0,

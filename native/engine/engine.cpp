@@ -51,9 +51,17 @@ WideRows QuantBuffer::reserve(long rows, long cols, bool wide) {
 void Worker::barrier() const { engine.barrier(); }
 
 bool Worker::next(int stage, long total, long grain, long& first, long& last) const {
-    first = counters[stage].fetch_add(grain, std::memory_order_relaxed);
-    last = std::min(first + grain, total);
-    return first < total;
+    constexpr long kNeighbours = 8;  // more would cost a large team more than the help is worth
+    const long members = engine.threads();
+    for (long i = 0; i < std::min(members, kNeighbours); ++i) {
+        const long owner = (member + i) % members, begin = total * owner / members, end = total * (owner + 1) / members;
+        std::atomic<long>& taken = shares[owner].taken[stage];
+        if (begin + taken.load(std::memory_order_relaxed) >= end) continue;
+        first = begin + taken.fetch_add(grain, std::memory_order_relaxed);
+        last = std::min(first + grain, end);
+        if (first < end) return true;
+    }
+    return false;
 }
 
 long Worker::grain(long total, long at_least) const {
@@ -116,17 +124,18 @@ void Engine::add(size_t program, std::unique_ptr<Operation> operation) {
 }
 
 void Engine::run(size_t program, const Step& step) {
-    auto& [operations, counters] = programs_.at(program);
-    if (counters.size() != operations.size() * kMaxStages)
-        counters = std::vector<std::atomic<long>>(operations.size() * kMaxStages);
-    for (auto& counter : counters) counter.store(0, std::memory_order_relaxed);
+    auto& [operations, shares] = programs_.at(program);
+    const size_t members = size_t(threads());
+    if (shares.size() != operations.size() * members) shares = std::vector<Shares>(operations.size() * members);
+    for (Shares& share : shares)
+        for (auto& taken : share.taken) taken.store(0, std::memory_order_relaxed);
     // Buffers grow here, before the team starts: their addresses must not move under a running step.
     for (size_t id = 0; id < buffers_.size(); ++id) buffer(long(id), step.tokens);
     for (auto& operation : operations) operation->reserve(*this, step);
     const Ops& table = shoal::ops();
     team_.run([&](int member) {
         for (size_t i = 0; i < operations.size(); ++i) {
-            operations[i]->run({*this, step, table, member, &counters[i * kMaxStages]});
+            operations[i]->run({*this, step, table, member, &shares[i * members]});
             if (operations[i]->barrier_after) team_.barrier();
         }
     });

@@ -25,7 +25,12 @@ constexpr long cache_row_bytes(CacheType type, long width) {
     return width * (type == CacheType::bf16 ? 2 : 4);
 }
 void store_cache_row(CacheType type, void* at, const float* values, long width);
-constexpr int kMaxStages = 8;  // work counters an operation may use
+
+// How far a member's own share of each of an operation's stages is handed out: a cache line that it seldom shares.
+struct alignas(64) Shares {
+    static constexpr int kStages = 8;
+    std::atomic<long> taken[kStages];
+};
 
 // What one step works on. Rows of the same sequence are neighbours, in the order of their positions.
 struct Step {
@@ -89,9 +94,11 @@ struct Worker {
     const Step& step;
     const Ops& ops;
     int member;
-    std::atomic<long>* counters;  // [kMaxStages] of the operation, shared by the team
+    Shares* shares;  // [members] of the operation
     void barrier() const;
-    // The next piece of stage `stage`'s [0, total) for this member, `grain` at a time; false when none is left.
+    // The next piece of stage `stage`'s [0, total) for this member, `grain` at a time; false when none is left. A
+    // member walks through its own part in order, so that weights come from memory as one stream, then helps its
+    // neighbours.
     bool next(int stage, long total, long grain, long& first, long& last) const;
     long grain(long total,
                long at_least = 1) const;  // pieces small enough to balance, large enough to be worth handing out
@@ -144,7 +151,7 @@ class Engine {
     std::vector<Buffer> buffers_;
     struct Program {
         std::vector<std::unique_ptr<Operation>> operations;
-        std::vector<std::atomic<long>> counters;
+        std::vector<Shares> shares;  // [operations, members]
     };
     std::vector<Program> programs_;
     std::vector<Scratch> scratch_;

@@ -121,14 +121,19 @@ struct FeedForward final : Operation {
     SharedInput shared;
     Scratch logits, hidden, dense_hidden;
     QuantBuffer gathered, hidden_quant, dense_quant;
-    std::vector<int32_t> chosen;  // [T, K]
-    std::vector<float> weight;    // [T, K]
-    std::vector<int32_t> slot_token;
-    std::vector<float> slot_weight;
-    std::vector<long> offset;     // [experts + 1] into slots
-    std::vector<long> quant_row;  // [experts + 1] into padded rows
-    std::vector<int32_t> used;    // experts with at least one token
-    uint64_t expert_reads = 0;    // of all steps together: an expert's weights are read once a step
+    // Slots are (token, expert) pairs sorted by expert.
+    struct Slots {
+        std::vector<int32_t> chosen;  // [T, K]
+        std::vector<float> weight;    // [T, K]
+        std::vector<int32_t> token;   // of each slot
+        std::vector<float> factor;
+        std::vector<long> offset;     // [experts + 1] into slots
+        std::vector<long> quant_row;  // [experts + 1] into padded rows
+        std::vector<int32_t> used;    // experts with at least one token
+        long count(long expert) const { return offset[expert + 1] - offset[expert]; }
+    };
+    std::vector<Slots> slots;   // [members]: a lone token's each member finds for itself; of more all share the first
+    uint64_t expert_reads = 0;  // of all steps together: an expert's weights are read once a step
     // Copies what the last step chose, if anybody asks: experts and weights [T, K], and the entropy in nats of each
     // token's router probabilities over all experts [T].
     void last_routing(long tokens, int32_t* experts_out, float* weights_out, float* entropy_out) const;
@@ -137,16 +142,16 @@ struct FeedForward final : Operation {
 
   private:
     void route(const float* scores, int32_t* experts_out, float* weights_out) const;
-    void choose_experts(const Worker& worker);
-    void group_slots(long tokens);
-    WideRows run_experts(const Worker& worker, const Prepared& x);
-    void count_experts(const Prepared& x) const;
-    void quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows,
-                         long stride, bool by_token) const;
+    void choose_experts(const Worker& worker, Slots& s);
+    void group_slots(Slots& s, long tokens) const;
+    WideRows run_experts(const Worker& worker, const Slots& s, const Prepared& x);
+    void count_experts(const Slots& s, const Prepared& x) const;
+    void quantise_expert(const Worker& worker, const Slots& s, long expert, const WideRows& into, long cols,
+                         const float* rows, long stride, bool by_token) const;
     WideRows quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes);
     void hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x, long first,
                       long last, float* out, long stride) const;
-    void down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense,
+    void down_tiles(const Worker& worker, const Slots* s, long first, long last, float* x, const Prepared& dense,
                     const WideRows& routed);
 };
 

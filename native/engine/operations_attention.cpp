@@ -85,21 +85,23 @@ void CacheGqa::run(const Worker& worker) {
     float* k = worker.engine.buffer(key, tokens);
     float* v = worker.engine.buffer(value, tokens);
     const CacheType type = worker.engine.cache_type();
-    const long bytes = cache_row_bytes(type, head_dim), head_page = kPageTokens * bytes;
+    const long bytes = cache_row_bytes(type, head_dim), head_page = kPageTokens * bytes, group = heads / kv_heads;
     long first, last;
-    while (worker.next(0, tokens, 1, first, last)) {
-        const float *cosine = cos_TR + first * half, *sine = sin_TR + first * half;
-        float* q_row = q + first * heads * head_dim;
-        float* k_row = k + first * kv_heads * head_dim;
-        if (query_norm) worker.ops.rms_norm(q_row, head_dim, query_norm, eps, q_row, head_dim, heads, head_dim);
-        if (key_norm) worker.ops.rms_norm(k_row, head_dim, key_norm, eps, k_row, head_dim, kv_heads, head_dim);
-        for (long n = 0; n < heads; ++n) rotate(q_row + n * head_dim, cosine, sine, half, interleave);
-        const Place place = place_of(worker, first, layer);
-        for (long n = 0; n < kv_heads; ++n) {
-            rotate(k_row + n * head_dim, cosine, sine, half, interleave);
+    // A key head with its queries at a time, so that a lone token's are shared out too.
+    while (worker.next(0, tokens * kv_heads, tokens == 1 ? 1 : kv_heads, first, last)) {
+        for (long unit = first; unit < last; ++unit) {
+            const long row = unit / kv_heads, n = unit % kv_heads;
+            const float *cosine = cos_TR + row * half, *sine = sin_TR + row * half;
+            float* q_rows = q + (row * kv_heads + n) * group * head_dim;
+            float* k_row = k + unit * head_dim;
+            if (query_norm) worker.ops.rms_norm(q_rows, head_dim, query_norm, eps, q_rows, head_dim, group, head_dim);
+            if (key_norm) worker.ops.rms_norm(k_row, head_dim, key_norm, eps, k_row, head_dim, 1, head_dim);
+            for (long i = 0; i < group; ++i) rotate(q_rows + i * head_dim, cosine, sine, half, interleave);
+            rotate(k_row, cosine, sine, half, interleave);
+            const Place place = place_of(worker, row, layer);
             uint8_t* at = place.page + n * head_page + place.slot * bytes;
-            store_cache_row(type, at, k_row + n * head_dim, head_dim);
-            store_cache_row(type, at + kv_heads * head_page, v + (first * kv_heads + n) * head_dim, head_dim);
+            store_cache_row(type, at, k_row, head_dim);
+            store_cache_row(type, at + kv_heads * head_page, v + unit * head_dim, head_dim);
         }
     }
 }

@@ -64,8 +64,8 @@ void FeedForward::route(const float* scores, int32_t* experts_out, float* weight
 }
 
 void FeedForward::last_routing(long tokens, int32_t* experts_out, float* weights_out, float* entropy_out) const {
-    std::copy_n(chosen.begin(), tokens * active, experts_out);
-    std::copy_n(weight.begin(), tokens * active, weights_out);
+    std::copy_n(slots[0].chosen.begin(), tokens * active, experts_out);
+    std::copy_n(slots[0].weight.begin(), tokens * active, weights_out);
     const float* scores = const_cast<Scratch&>(logits).array<float>(0);
     for (long t = 0; t < tokens; ++t, scores += experts) {
         const float top = *std::max_element(scores, scores + experts);
@@ -79,26 +79,25 @@ void FeedForward::last_routing(long tokens, int32_t* experts_out, float* weights
     }
 }
 
-// Slots are (token, expert) pairs sorted by expert, tokens in order: a token's experts add up in the same order always.
-void FeedForward::group_slots(long tokens) {
-    offset.assign(experts + 1, 0);
-    used.clear();
-    for (long i = 0; i < tokens * active; ++i) ++offset[chosen[i] + 1];
-    quant_row.assign(experts + 1, 0);
+// In slots tokens keep their order: a token's experts add up in the same order always.
+void FeedForward::group_slots(Slots& s, long tokens) const {
+    s.offset.assign(experts + 1, 0);
+    s.used.clear();
+    for (long i = 0; i < tokens * active; ++i) ++s.offset[s.chosen[i] + 1];
+    s.quant_row.assign(experts + 1, 0);
     for (long e = 0; e < experts; ++e) {
-        const long count = offset[e + 1];
-        quant_row[e + 1] = quant_row[e] + round_up(count, 4);
-        if (count > 0) used.push_back(int32_t(e));
-        offset[e + 1] += offset[e];
+        const long count = s.offset[e + 1];
+        s.quant_row[e + 1] = s.quant_row[e] + round_up(count, 4);
+        if (count > 0) s.used.push_back(int32_t(e));
+        s.offset[e + 1] += s.offset[e];
     }
-    expert_reads += used.size();
-    slot_token.resize(tokens * active);
-    slot_weight.resize(tokens * active);
-    std::vector<long> at(offset.begin(), offset.end() - 1);
+    s.token.resize(tokens * active);
+    s.factor.resize(tokens * active);
+    std::vector<long> at(s.offset.begin(), s.offset.end() - 1);
     for (long i = 0; i < tokens * active; ++i) {
-        const long slot = at[chosen[i]]++;
-        slot_token[slot] = int32_t(i / active);
-        slot_weight[slot] = weight[i];
+        const long slot = at[s.chosen[i]]++;
+        s.token[slot] = int32_t(i / active);
+        s.factor[slot] = s.weight[i];
     }
 }
 
@@ -111,23 +110,23 @@ void FeedForward::hidden_chunk(const Worker& worker, const PackedMatrix& g, cons
     worker.ops.silu_mul(out + from, stride, up_rows + from, stride, out + from, stride, x.tokens, cols);
 }
 
-void FeedForward::down_tiles(const Worker& worker, long first, long last, float* x, const Prepared& dense,
-                             const WideRows& routed) {
+void FeedForward::down_tiles(const Worker& worker, const Slots* s, long first, long last, float* x,
+                             const Prepared& dense, const WideRows& routed) {
     const long stride = worker.engine.buffer_cols(input.buffer);
     if (has_dense) multiply(worker.ops, down, dense, first, last, x, stride, true);
-    if (!experts) return;
+    if (!s) return;
     const long width = expert_down.cols, from = first * kTileRows, cols = std::min(last * kTileRows, stride) - from;
     long most = 0;
-    for (const long e : used) most = std::max(most, offset[e + 1] - offset[e]);
+    for (const long e : s->used) most = std::max(most, s->count(e));
     float* product = worker.engine.scratch(worker.member, 5).array<float>(most * cols);
-    for (const long e : used) {
-        const long count = offset[e + 1] - offset[e];
-        const float* rows = hidden.array<float>(0) + offset[e] * width;
-        const Prepared h{rows, width, routed.from_row(quant_row[e], width), lanes_for(count), count, width};
+    for (const long e : s->used) {
+        const long count = s->count(e);
+        const float* rows = hidden.array<float>(0) + s->offset[e] * width;
+        const Prepared h{rows, width, routed.from_row(s->quant_row[e], width), lanes_for(count), count, width};
         multiply(worker.ops, expert_of(expert_down, e), h, first, last, product - from, cols, false);
         for (long i = 0; i < count; ++i) {
-            float* row = x + slot_token[offset[e] + i] * stride + from;
-            const float factor = slot_weight[offset[e] + i];
+            float* row = x + s->token[s->offset[e] + i] * stride + from;
+            const float factor = s->factor[s->offset[e] + i];
             for (long c = 0; c < cols; ++c) row[c] += factor * product[i * cols + c];
         }
     }
@@ -143,8 +142,11 @@ void FeedForward::reserve(Engine& engine, const Step& step) {
     if (!experts) return;
     logits.array<float>(tokens * experts);
     hidden.array<float>(tokens * active * expert_gate.rows);
-    chosen.resize(tokens * active);
-    weight.resize(tokens * active);
+    slots.resize(engine.threads());
+    for (Slots& s : slots) {
+        s.chosen.resize(tokens * active);
+        s.weight.resize(tokens * active);
+    }
     // Every used expert may pad its rows to a multiple of four.
     const long rows = tokens * active + 4 * std::min(experts, tokens * active);
     if (expert_gate.quantised()) gathered.reserve(rows, cols, wide_experts);
@@ -173,9 +175,10 @@ void FeedForward::run(const Worker& worker) {
     if (worker.member == 0 && hidden_moments && has_dense)
         add_moments(dense_rows, dense_width, tokens, dense_width, hidden_moments);
     WideRows routed{};
-    if (experts) {
-        choose_experts(worker);
-        routed = run_experts(worker, x);
+    Slots* s = experts ? &slots[one ? worker.member : 0] : nullptr;
+    if (s) {
+        choose_experts(worker, *s);
+        routed = run_experts(worker, *s, x);
     }
     Prepared dense{dense_rows, dense_width, {}, lanes_for(tokens), tokens, dense_width};
     if (has_dense && down.quantised())
@@ -183,24 +186,27 @@ void FeedForward::run(const Worker& worker) {
     const long tiles = (cols + kTileRows - 1) / kTileRows;
     float* out = worker.engine.buffer(input.buffer, tokens);
     while (worker.next(7, tiles, std::min(worker.grain(tiles), kMaxExpertTiles), first, last))
-        down_tiles(worker, first, last, out, dense, routed);
+        down_tiles(worker, s, first, last, out, dense, routed);
 }
 
-void FeedForward::choose_experts(const Worker& worker) {
+void FeedForward::choose_experts(const Worker& worker, Slots& s) {
     const long tokens = worker.step.tokens;
     const float* scores = logits.array<float>(0);
     long first, last;
+    auto choose = [&](long from, long to) {
+        for (long t = from; t < to; ++t) route(scores + t * experts, &s.chosen[t * active], &s.weight[t * active]);
+    };
     if (tokens > 8) {
-        while (worker.next(2, tokens, 8, first, last))
-            for (long t = first; t < last; ++t) route(scores + t * experts, &chosen[t * active], &weight[t * active]);
+        while (worker.next(2, tokens, 8, first, last)) choose(first, last);
         worker.barrier();
     }
-    if (worker.member == 0) {
-        for (long t = 0; tokens <= 8 && t < tokens; ++t)
-            route(scores + t * experts, &chosen[t * active], &weight[t * active]);
-        group_slots(tokens);
+    const bool shared = tokens > 1;
+    if (worker.member == 0 || !shared) {
+        if (tokens <= 8) choose(0, tokens);
+        group_slots(s, tokens);
     }
-    worker.barrier();
+    if (worker.member == 0) expert_reads += s.used.size();
+    if (shared) worker.barrier();
 }
 
 // The always-used MLP's hidden rows in int8; ends with a barrier if shared out.
@@ -219,76 +225,74 @@ WideRows FeedForward::quantise_dense_hidden(const Worker& worker, const float* r
 }
 
 // One expert's rows in int8: gathered by token, or its own slots.
-void FeedForward::quantise_expert(const Worker& worker, long expert, const WideRows& into, long cols, const float* rows,
-                                  long stride, bool by_token) const {
-    const long count = offset[expert + 1] - offset[expert];
+void FeedForward::quantise_expert(const Worker& worker, const Slots& s, long expert, const WideRows& into, long cols,
+                                  const float* rows, long stride, bool by_token) const {
+    const long count = s.count(expert);
     const float* pointers[4];
     for (long i = 0; i < count; i += 4) {
         const long n = std::min(4L, count - i);
         for (long j = 0; j < n; ++j) {
-            const long slot = offset[expert] + i + j;
-            pointers[j] = rows + (by_token ? slot_token[slot] : slot) * stride;
+            const long slot = s.offset[expert] + i + j;
+            pointers[j] = rows + (by_token ? s.token[slot] : slot) * stride;
         }
-        quantise_block(worker, into, quant_row[expert] + i, pointers, n, cols, lanes_for(count));
+        quantise_block(worker, into, s.quant_row[expert] + i, pointers, n, cols, lanes_for(count));
     }
 }
 
 // What each used expert met and made; its hidden rows must be complete.
-void FeedForward::count_experts(const Prepared& x) const {
+void FeedForward::count_experts(const Slots& s, const Prepared& x) const {
     const long width = expert_gate.rows;
     const float* rows = const_cast<Scratch&>(hidden).array<float>(0);
-    for (const long e : used) {
-        for (long slot = offset[e]; slot < offset[e + 1]; ++slot)
-            add_moments(x.rows + slot_token[slot] * x.stride, x.stride, 1, x.cols, expert_moments + e * (x.cols + 1));
-        add_moments(rows + offset[e] * width, width, offset[e + 1] - offset[e], width,
-                    expert_hidden_moments + e * (width + 1));
+    for (const long e : s.used) {
+        for (long slot = s.offset[e]; slot < s.offset[e + 1]; ++slot)
+            add_moments(x.rows + s.token[slot] * x.stride, x.stride, 1, x.cols, expert_moments + e * (x.cols + 1));
+        add_moments(rows + s.offset[e] * width, width, s.count(e), width, expert_hidden_moments + e * (width + 1));
     }
 }
 
 // Gate and up of every used expert on its tokens; returns the hidden rows in int8 for the down projection.
-WideRows FeedForward::run_experts(const Worker& worker, const Prepared& x) {
-    const long cols = x.cols, width = expert_gate.rows, tokens = worker.step.tokens, count_used = long(used.size());
+WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Prepared& x) {
+    const long cols = x.cols, width = expert_gate.rows, tokens = worker.step.tokens, count_used = long(s.used.size());
     const bool quantised = expert_gate.quantised(), one = tokens == 1;
     float* rows = hidden.array<float>(0);
-    const WideRows in = quantised && !one ? gathered.reserve(quant_row[experts], cols, wide_experts) : WideRows{};
+    const WideRows in = quantised && !one ? gathered.reserve(s.quant_row[experts], cols, wide_experts) : WideRows{};
     long first, last;
     if (quantised && !one) {
         while (worker.next(3, count_used, 1, first, last))
-            quantise_expert(worker, used[first], in, cols, x.rows, x.stride, true);
+            quantise_expert(worker, s, s.used[first], in, cols, x.rows, x.stride, true);
         worker.barrier();
     }
     const long pieces = (expert_gate.tiles() + kHiddenTiles - 1) / kHiddenTiles;
     const long grain = one ? 1 : std::min(pieces, kMaxExpertTiles / kHiddenTiles);
     while (worker.next(4, count_used * pieces, grain, first, last)) {
         for (long piece = first; piece < last; ++piece) {
-            const long e = used[piece / pieces], tile = piece % pieces * kHiddenTiles,
-                       count = offset[e + 1] - offset[e];
+            const long e = s.used[piece / pieces], tile = piece % pieces * kHiddenTiles, count = s.count(e);
             Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
             if (!one && quantised) {
-                part.quant = in.from_row(quant_row[e], cols);
+                part.quant = in.from_row(s.quant_row[e], cols);
                 part.lanes = lanes_for(count);
             } else if (!one) {  // float weights meet the rows themselves, gathered
                 float* copy = worker.engine.scratch(worker.member, 6).array<float>(count * cols);
                 for (long i = 0; i < count; ++i)
-                    std::memcpy(copy + i * cols, x.rows + slot_token[offset[e] + i] * x.stride, cols * sizeof(float));
+                    std::memcpy(copy + i * cols, x.rows + s.token[s.offset[e] + i] * x.stride, cols * sizeof(float));
                 part.rows = copy;
                 part.stride = cols;
             }
             hidden_chunk(worker, expert_of(expert_gate, e), expert_of(expert_up, e), part, tile,
-                         std::min(tile + kHiddenTiles, expert_gate.tiles()), rows + offset[e] * width, width);
+                         std::min(tile + kHiddenTiles, expert_gate.tiles()), rows + s.offset[e] * width, width);
         }
     }
     worker.barrier();
-    if (expert_moments && worker.member == 0) count_experts(x);
+    if (expert_moments && worker.member == 0) count_experts(s, x);
     if (!expert_down.quantised()) return {};
     if (one) {  // a few rows: every member quantises them for itself
-        const WideRows out = worker.engine.quant(worker.member, 1).reserve(quant_row[experts], width, wide_experts);
-        for (const long e : used) quantise_expert(worker, e, out, width, rows, width, false);
+        const WideRows out = worker.engine.quant(worker.member, 1).reserve(s.quant_row[experts], width, wide_experts);
+        for (const long e : s.used) quantise_expert(worker, s, e, out, width, rows, width, false);
         return out;
     }
-    const WideRows out = hidden_quant.reserve(quant_row[experts], width, wide_experts);
+    const WideRows out = hidden_quant.reserve(s.quant_row[experts], width, wide_experts);
     while (worker.next(5, count_used, 1, first, last))
-        quantise_expert(worker, used[first], out, width, rows, width, false);
+        quantise_expert(worker, s, s.used[first], out, width, rows, width, false);
     worker.barrier();
     return out;
 }

@@ -7,9 +7,10 @@
 namespace shoal {
 namespace {
 
-// Long enough to bridge the gap between two decode steps, short enough not to burn an idle machine.
-constexpr int kSpinsBeforeSleep = 20000;
-constexpr int kSpinsBeforeYield = 4000;
+// Some 50 and 400 microseconds. A stage's members finish within a few of each other unless another process has taken a
+// core; then only a sleeping waiter frees its own core for the member that was put off. The longer wait bridges the gap
+// between two decode steps.
+constexpr int kSpinsInStep = 2500, kSpinsBetweenSteps = 20000;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -19,11 +20,14 @@ inline void relax() {
 #endif
 }
 
-// One turn of a wait that spins first and then lets others run.
-inline void wait_once(int& spins) {
-    if (spins == kSpinsBeforeYield) return std::this_thread::yield();
-    ++spins;
-    relax();
+// Returns once `value` is no longer `old`: spins first, since stages last microseconds, then sleeps.
+template <class T>
+void wait_while(const std::atomic<T>& value, T old, int max_spins) {
+    for (int spins = 0; spins < max_spins; ++spins) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        relax();
+    }
+    value.wait(old, std::memory_order_acquire);
 }
 
 }  // namespace
@@ -33,40 +37,29 @@ Team::Team(int size) : size_(size < 1 ? 1 : size) {
 }
 
 Team::~Team() {
-    {
-        std::lock_guard lock(mutex_);
-        quit_ = true;
-        ++round_;
-    }
-    wake_.notify_all();
+    quit_ = true;
+    round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
     for (auto& thread : threads_) thread.join();
 }
 
 void Team::run(const std::function<void(int)>& job) {
-    if (size_ > 1) {
-        std::lock_guard lock(mutex_);
-        job_ = &job;
-        running_ = size_ - 1;
-        ++round_;
-    }
-    if (size_ > 1) wake_.notify_all();
+    if (size_ == 1) return job(0);
+    job_ = &job;
+    running_.store(size_ - 1, std::memory_order_relaxed);
+    round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
     job(0);
-    for (int spins = 0; running_.load(std::memory_order_acquire) != 0;) wait_once(spins);
+    for (int left; (left = running_.load(std::memory_order_acquire)) != 0;) wait_while(running_, left, kSpinsInStep);
 }
 
 void Team::work(int member) {
-    uint64_t seen = 0;
-    for (;;) {
-        for (int spins = 0; round_.load(std::memory_order_acquire) == seen && spins < kSpinsBeforeSleep; ++spins)
-            relax();
-        if (round_.load(std::memory_order_acquire) == seen) {
-            std::unique_lock lock(mutex_);
-            wake_.wait(lock, [&] { return round_.load() != seen; });
-        }
-        seen = round_.load(std::memory_order_acquire);
+    for (uint32_t seen = 0;; ++seen) {
+        wait_while(round_, seen, kSpinsBetweenSteps);
         if (quit_) return;
         (*job_)(member);
         running_.fetch_sub(1, std::memory_order_release);
+        running_.notify_one();
     }
 }
 
@@ -76,9 +69,10 @@ void Team::barrier() {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
         arrived_.store(0, std::memory_order_relaxed);
         phase_.store(phase + 1, std::memory_order_release);
+        phase_.notify_all();
         return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) wait_once(spins);
+    wait_while(phase_, phase, kSpinsInStep);
 }
 
 }  // namespace shoal

@@ -2,9 +2,8 @@
 // counter, between stages everybody meets at a barrier. The calling thread is member 0.
 #pragma once
 #include <atomic>
-#include <condition_variable>
+#include <cstdint>
 #include <functional>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -20,7 +19,7 @@ class Team {
     int size() const { return size_; }
     // Runs job(member) on every member and returns when all have finished.
     void run(const std::function<void(int)>& job);
-    // Members meet here; spins first, since stages last microseconds.
+    // Members meet here.
     void barrier();
 
   private:
@@ -29,13 +28,12 @@ class Team {
     int size_;
     std::vector<std::thread> threads_;
     const std::function<void(int)>* job_ = nullptr;
-    std::atomic<uint64_t> round_{0};
-    std::atomic<int> running_{0};
-    std::atomic<int> arrived_{0};
-    std::atomic<uint32_t> phase_{0};
-    std::atomic<bool> quit_{false};
-    std::mutex mutex_;
-    std::condition_variable wake_;
+    bool quit_ = false;
+    // Each on its own cache line: whoever spins on one must not slow down those who write another.
+    alignas(64) std::atomic<uint32_t> round_{0};
+    alignas(64) std::atomic<int> running_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> phase_{0};
 };
 
 }  // namespace shoal

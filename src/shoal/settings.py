@@ -60,6 +60,14 @@ def hub_endpoint() -> str | None:
     return text.rstrip("/")
 
 
+def one_thread_each() -> None:
+    """Keep the thread pools of the libraries below us (tokenizers, OpenMP) at one thread in this process: its siblings
+    use the other processors. What somebody has set stays; of use before those libraries start their pools."""
+    for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def _expand(name: str, text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()

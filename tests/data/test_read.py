@@ -124,7 +124,7 @@ def test_an_empty_file_holds_no_rows(file):
 
 def test_parquet_without_the_column(file, tmp_path):
     pq.write_table(pa.table({"content": ["a"]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == ([], [(None, "has no column 'text'")])
+    assert read(tmp_path / "a.parquet") == ([], [(1, "the row has no field 'text'")])
     [document] = read_documents(tmp_path / "a.parquet", ReadOptions(text_field="content"))
     assert document.text == "a"
 

@@ -1,6 +1,6 @@
 """`shoal`: finds the verb, imports only its module, and turns every failure into one line and an exit code.
 
-Exit codes: 0 done, 1 a failure while running, 2 a fault in the input or the command, 130 Ctrl-C.
+Exit codes: 0 done, 1 a failure while running, 2 a fault in the input or the command, 130 Ctrl-C, 143 a request to stop.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from typer.main import get_command
 from shoal import __version__, settings
 from shoal.errors import ConfigError, ShoalError
 
-# Every verb is the function `run` of the module `shoal.cli.<verb>`; the summary opens that function's docstring.
+# A verb is the function `run` of the module `shoal.cli.<verb>`, or its `app` if it has verbs of its own; the summary
+# opens that function's docstring.
 VERBS = {
     "chat": "Talk to a model, one question or a conversation.",
     "serve": "Serve a model over HTTP with the OpenAI API.",
     "convert": "Convert a model between a Hugging Face folder and GGUF.",
     "bench": "Measure a model: speed of prompt and decoding, time to the first token, memory.",
+    "train": "Train a model from text, by a recipe.",
+    "tune": "Tune a model on examples: adapters under a budget, or all weights.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
     "reshape": "Give a dense model DeepSeek-V3's attention, and experts if asked.",
     "eval": "Score a model on tasks, with 95% intervals.",
+    "data": "Turn text and code into training data: clean, dedupe, choose, pack, report.",
+    "trace": "Record which experts each token goes to; sum a recording up or draw it.",
+    "cost": "Count what training takes, before it starts: operations, memory, time and dollars.",
     "info": "Show this machine, or what a model is and costs.",
     "models": "List the models at hand.",
     "pull": "Fetch a model by its short name.",
@@ -40,8 +46,10 @@ class _Verb(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         module = importlib.import_module(f"shoal.cli.{self.name}")
-        app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=CONTEXT)
-        app.command(name=self.name)(module.run)
+        app = getattr(module, "app", None)
+        if app is None:
+            app = typer.Typer(add_completion=False, rich_markup_mode="rich", context_settings=CONTEXT)
+            app.command(name=self.name)(module.run)
         return get_command(app).make_context(info_name, args, parent=parent, **extra)
 
 
@@ -99,7 +107,7 @@ def _run(args: list[str]) -> int:
         if debug:
             traceback.print_exc()
         if isinstance(error, ShoalError):
-            return _fail(str(error), 2)
+            return _fail(str(error), error.exit_code)
         if hasattr(error, "format_message"):  # what Typer and Click raise for a wrong command line
             return _fail(_usage(error), 2)
         if isinstance(error, OSError):

@@ -24,6 +24,9 @@ class Document:
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
+    views: dict[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # of the text, kept by shoal.data.views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

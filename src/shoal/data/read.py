@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shoal.data.plan import Part, find_parts
 from shoal.data.streams import arrow, read_blocks, read_lines
 from shoal.errors import FileError
 
-MAX_DOCUMENT = 64 << 20  # bytes of one document; also of one line
+MAX_DOCUMENT = 4 << 20  # bytes of one document; also of one line
 EXCERPT = 200  # bytes of a bad row that its reject shows
 PARQUET_ROWS = 256
 
@@ -40,6 +40,7 @@ class ReadOptions:
 
 
 DEFAULTS = ReadOptions()
+OnBad = Callable[[int | None, str, bytes | str], None]  # line, what is wrong, the content
 
 
 def read_documents(path: str | Path, options: ReadOptions = DEFAULTS) -> Iterator[Document]:
@@ -58,19 +59,29 @@ def read_documents(path: str | Path, options: ReadOptions = DEFAULTS) -> Iterato
 
 def read_part(part: Part, options: ReadOptions, on_reject: OnReject) -> Iterator[Document]:
     """Documents of one part; rows and files that cannot be read go to `on_reject` with their line."""
-    name = part.path.name.lower()
-    reader = _read_parquet if name.endswith(".parquet") else _read_json_lines if is_json_lines(name) else _read_whole
     bad = _Bad(part, options, on_reject)
     try:
-        yield from reader(part, options, bad)
+        if has_rows(part.path.name):
+            for number, row in read_rows(part, options, bad):
+                document = _from_row(row, number, part, options, bad)
+                if document is not None:
+                    yield document
+        else:
+            yield from _read_whole(part, options, bad)
     except FileError as error:
         if options.strict:
             raise
         bad(None, error.problem)
 
 
-def is_json_lines(name: str) -> bool:
-    return name.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".ndjson"))
+def has_rows(name: str) -> bool:
+    """Whether a file of this name holds a document a row, rather than being one."""
+    return kind_of(name)[0] == "rows"
+
+
+def read_rows(part: Part, options: ReadOptions, bad: OnBad) -> Iterator[tuple[int, Any]]:
+    """(1-based line or row, value) of a file of rows; lines that are no JSON go to `bad`."""
+    yield from (_parquet_rows if part.path.name.lower().endswith(".parquet") else _json_rows)(part, options, bad)
 
 
 class _Bad:
@@ -90,7 +101,7 @@ class _Bad:
         )
 
 
-def _read_json_lines(part: Part, options: ReadOptions, bad: _Bad) -> Iterator[Document]:
+def _json_rows(part: Part, options: ReadOptions, bad: OnBad) -> Iterator[tuple[int, Any]]:
     number = part.line - 1
     lines = read_lines(part.path, limit=options.max_document, start=part.start, stop=part.stop, number=part.line)
     try:
@@ -107,13 +118,11 @@ def _read_json_lines(part: Part, options: ReadOptions, bad: _Bad) -> Iterator[Do
             except orjson.JSONDecodeError:
                 bad(number, _what_is_wrong(line), line)
                 continue
-            document = _from_row(row, number, part, options, bad)
-            if document is not None:
-                yield document
+            yield number, row
     except FileError as error:
         if options.strict:
             raise FileError(part.path, error.problem, item=error.item or f"after line {number}") from error
-        bad(number + 1, error.problem)
+        bad(number + 1, error.problem, "")
 
 
 def _what_is_wrong(line: bytes) -> str:
@@ -155,22 +164,18 @@ def _from_row(row: Any, number: int, part: Part, options: ReadOptions, bad: _Bad
     return Document(id=name, text=text, metadata=meta)
 
 
-def _read_parquet(part: Part, options: ReadOptions, bad: _Bad) -> Iterator[Document]:
+def _parquet_rows(part: Part, options: ReadOptions, bad: OnBad) -> Iterator[tuple[int, Any]]:
     pyarrow = arrow()
     import pyarrow.parquet as parquet
 
     number = part.line - 1
     try:
         with parquet.ParquetFile(part.path, memory_map=False, pre_buffer=False) as file:
-            if options.text_field not in file.schema_arrow.names:
-                raise FileError(part.path, f"has no column {options.text_field!r}")
             groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
             for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(groups)):
                 for row in batch.to_pylist():
                     number += 1
-                    document = _from_row(row, number, part, options, bad)
-                    if document is not None:
-                        yield document
+                    yield number, row
     except (OSError, pyarrow.ArrowException) as error:
         raise FileError(part.path, f"damaged Parquet: {str(error).splitlines()[0][:120]}") from error
 

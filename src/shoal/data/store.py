@@ -23,6 +23,7 @@ from shoal.errors import FileError
 from shoal.formats.atomic import atomic_file
 
 SUFFIX = ".jsonl.zst"
+VERDICT_ORDER = ("duplicates", "band")  # then others by name
 LINE_LIMIT = 1 << 30  # of our own files, whose lines were bounded when they were written
 
 
@@ -106,7 +107,7 @@ def write_attributes(folder: Path, name: str, shard: int, columns: Mapping[str, 
 
     path = attribute_path(folder, name, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = arrow().table({key: arrow().array(values) for key, values in columns.items()})
+    table = arrow().table(dict(columns))
     with atomic_file(path) as out:
         parquet.write_table(table, out, compression="zstd")
 
@@ -123,6 +124,47 @@ def read_attributes(folder: Path, name: str, shard: int) -> dict[str, Any]:
         problem = "is missing" if not path.exists() else "is damaged"
         raise FileError(path, problem) from error
     return {key: table.column(key).to_pylist() for key in table.column_names}
+
+
+def write_verdict(
+    folder: Path, name: str, shard: int, reasons: Sequence[str | None], columns: Mapping[str, Any] | None = None
+) -> None:
+    """Write `attributes/<name>` with a column `<name>_reason`: null keeps a document, a few words drop it.
+
+    Whatever packs or counts the folder afterwards obeys every such column.
+    """
+    reason = arrow().array(reasons, arrow().string())
+    write_attributes(folder, name, shard, {f"{name}_reason": reason, **(columns or {})})
+
+
+def verdict_names(folder: Path) -> list[str]:
+    """Names of the attribute files that drop documents, in the order in which stages wrote them first."""
+    first = shard_numbers(folder)[0]
+    found = [name for name in attribute_names(folder) if f"{name}_reason" in read_attributes(folder, name, first)]
+    return sorted(found, key=lambda name: (VERDICT_ORDER.index(name) if name in VERDICT_ORDER else 99, name))
+
+
+def read_kept(folder: Path, shard: int, attributes: Iterable[str] = ()) -> Iterator[Document]:
+    """Documents of a shard that no verdict drops."""
+    names = verdict_names(folder)
+    for document in read_shard(folder, shard, [*names, *(name for name in attributes if name not in names)]):
+        if reason_of(document, names) is None:
+            yield document
+
+
+def reason_of(document: Document, names: Iterable[str]) -> tuple[str, str] | None:
+    """(verdict, reason) of the first of the named verdicts that drops a document."""
+    for name in names:
+        reason = document.attributes[f"{name}_reason"]
+        if reason is not None:
+            return name, reason
+    return None
+
+
+def remove_attributes(folder: Path, name: str) -> None:
+    """Forget an attribute file of every shard."""
+    for shard in shard_numbers(folder):
+        attribute_path(folder, name, shard).unlink(missing_ok=True)
 
 
 def attribute_names(folder: Path) -> list[str]:

@@ -7,11 +7,10 @@ step: while one computes, only its thread hands out pages or touches the sequenc
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +54,23 @@ class _Batch:
     first_row: NDArray[np.int32]
     pages: NDArray[np.int32]
     wanted: NDArray[np.int32]
+
+
+class _Locked:
+    """Holds `turn`; on the way out, free again, does what `release` could not do meanwhile."""
+
+    __slots__ = ("_sweep", "_turn")
+
+    def __init__(self, turn: threading.Condition, sweep: Callable[[], None]) -> None:
+        self._turn = turn
+        self._sweep = sweep
+
+    def __enter__(self) -> None:
+        self._turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._turn.release()
+        self._sweep()
 
 
 class Core:
@@ -108,6 +124,9 @@ class Core:
         self.vocab_size = config.vocab_size
         self.known_ids = min(known_ids or config.vocab_size, config.vocab_size)
         self.looks_ahead = plan.looks_ahead
+        self.plan = plan
+        self.wide = wide
+        self.cache_type = CACHES[cache]
         self._engine = plan.engine
         self._config = config
         self._steps = 0
@@ -167,13 +186,8 @@ class Core:
             finally:
                 self._turn.release()
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        try:
-            with self._turn:
-                yield
-        finally:
-            self._sweep()
+    def _locked(self) -> _Locked:
+        return _Locked(self._turn, self._sweep)
 
     def advance(self, sequence: Sequence) -> None:
         """Return once the sequence has a new output, is finished or was released."""
@@ -215,23 +229,28 @@ class Core:
     def _plan(self, slices: list[Slice]) -> _Batch | None:
         if not slices:
             return None
-        first_row = np.zeros(len(slices) + 1, np.int32)
-        first_row[1:] = np.cumsum([piece.rows for piece in slices])
-        table = np.zeros((len(slices), max(len(piece.sequence.pages) for piece in slices)), np.int32)
+        # Lists until the end: a step holds few rows of most slices, and every call into NumPy costs a microsecond.
+        tokens: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        first_row = [0]
+        for piece in slices:
+            wanted.extend(range(first_row[-1] + piece.logits_from, first_row[-1] + piece.rows))
+            positions.extend(range(piece.start, piece.start + piece.rows))
+            tokens += piece.tokens
+            tokens += piece.draft
+            first_row.append(len(tokens))
+        most = max(len(piece.sequence.pages) for piece in slices)
+        table = np.zeros((len(slices), most), np.int32)
         for index, piece in enumerate(slices):
             table[index, : len(piece.sequence.pages)] = piece.sequence.pages
         return _Batch(
             slices=slices,
-            tokens=np.concatenate([np.array(piece.tokens + piece.draft, np.int32) for piece in slices]),
-            positions=np.concatenate([np.arange(p.start, p.start + p.rows, dtype=np.int32) for p in slices]),
-            first_row=first_row,
+            tokens=np.array(tokens, np.int32),
+            positions=np.array(positions, np.int32),
+            first_row=np.array(first_row, np.int32),
             pages=table,
-            wanted=np.concatenate(
-                [
-                    np.arange(first + piece.logits_from, first + piece.rows, dtype=np.int32)
-                    for piece, first in zip(slices, first_row[:-1], strict=True)
-                ]
-            ),
+            wanted=np.array(wanted, np.int32),
         )
 
     def _compute(self, batch: _Batch, done: list[tuple[Slice, int]]) -> None:
@@ -250,10 +269,12 @@ class Core:
             return
         ended = time.perf_counter()
         self._steps += 1
+        each = (ended - started) / len(batch.tokens)
         row = 0
         for piece in batch.slices:
             rows = logits[row : row + piece.rows - piece.logits_from]
             row += len(rows)
+            piece.sequence.machine_seconds += piece.rows * each
             kept = 0
             try:
                 if not piece.sequence.cancelled:
@@ -284,7 +305,8 @@ class Core:
             rows = slice(row + skip, row + skip + len(tokens))
             sequence.routed = piece.start + skip + len(tokens)
             routing = Routing(
-                first=piece.start + skip, tokens=tuple(tokens), experts_LTK=experts_LTK[:, rows],
+                first=piece.start + skip, prompt_tokens=sequence.prompt_tokens, tokens=tuple(tokens),
+                experts_LTK=experts_LTK[:, rows],
                 weights_LTK=weights_LTK[:, rows], entropy_LT=entropy_LT[:, rows], step=step,
             )  # fmt: skip
             try:

@@ -1,0 +1,30 @@
+"""One spelling for what looks the same: line ends, Unicode composition, invisible characters.
+
+Mojibake is not repaired: a repair touches correct text too, and documents full of it fall to the entropy band. Code is
+changed as little as a compiler would notice.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Zero-width and control characters that neither text nor code needs; tab, newline and form feed stay.
+_INVISIBLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x9f\u200b\u2060\ufeff\ufffe\uffff]")
+_BLANKS = re.compile("[\u00a0\u2000-\u200a\u202f\u205f\u3000]")
+_TRAILING = re.compile(r"[ \t]+\n")
+_EMPTY = re.compile(r"\n{4,}")
+
+
+def normalise(text: str, kind: str) -> str:
+    """`text` with LF line ends, in NFC and without invisible characters; unless it is code also with plain blanks, none
+    at the ends of lines, and at most two empty lines in a row."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+        text = _BLANKS.sub(" ", text) if kind != "code" else text
+    text = _INVISIBLE.sub("", text)
+    if kind != "code":
+        text = _EMPTY.sub("\n\n\n", _TRAILING.sub("\n", text)).strip()
+    return text

@@ -1,0 +1,296 @@
+"""A whole run: plan, clean, duplicates, band, tokenizer, pack, report; each stage goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shoal.data import clean, duplicates, entropy, pack, store, vocabulary
+from shoal.data.ledger import Ledger
+from shoal.data.plan import Part, plan_shards
+from shoal.data.recipe import Recipe, recipe_from
+from shoal.data.run import Machine, Stage, run_stage
+from shoal.data.steps import Steps, standard_steps
+from shoal.errors import FileError
+from shoal.formats.atomic import atomic_file
+
+# Fields that may change between two runs into one folder, and the first stage that sees them.
+LATER = {
+    "near_duplicates": "duplicates", "band": "band", "entropy_model": "band", "tokenizer": "pack", "vocab_size": "pack",
+}  # fmt: skip
+ALONE = Machine(workers=1)
+Notice = Callable[[str, int, int], None]  # stage, done, in all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to: documents and characters read, documents kept, tokens packed, rows that could not be read."""
+
+    folder: Path
+    read: int
+    kept: int
+    tokens: int
+    unreadable: int
+
+
+def prepare(
+    recipe: Recipe,
+    folder: str | Path,
+    machine: Machine | None = None,
+    *,
+    steps: Steps = standard_steps,
+    notice: Notice = lambda *_: None,
+) -> Result:
+    """Read, clean, dedupe, choose, tokenize and pack into a folder; the same command goes on after an interruption.
+
+    Args:
+        recipe: what decides the result.
+        folder: free, or holding an earlier run of the same recipe (fields of `LATER` may differ).
+        machine: where it runs; changes no byte of the result.
+        steps: the pipeline, a module-level function from a recipe to named steps.
+        notice: told how far each stage is.
+
+    Raises:
+        FileError, ConfigError, WorkerError: input, recipe or machine are at fault; what is finished is kept.
+    """
+    folder, machine = Path(folder), machine or Machine()
+    key = _claim(folder, recipe, steps)
+    shards = _plan(folder, recipe)
+    numbers = list(range(len(shards)))
+    job = clean.Cleaning(folder=folder, recipe=recipe, shards=shards, steps=steps)
+    stage = Stage(folder=folder, name=clean.STAGE, key=key, task=_Task(clean.clean_shard, job))
+    run_stage(stage, numbers, machine, max_document=recipe.max_document, progress=_named(notice, "clean"))
+    key = _find_duplicates(folder, recipe, machine, key, notice)
+    _choose(folder, recipe, key, notice)
+    return pack_folder(folder, machine, notice=notice)
+
+
+def pack_folder(
+    folder: Path,
+    machine: Machine | None = None,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    notice: Notice = lambda *_: None,
+) -> Result:
+    """Tokenize and pack what the verdicts of a prepared folder keep, and write its report; again after a selection.
+
+    Args:
+        tokenizer, vocab_size: take the place of the recipe's.
+
+    Raises:
+        FileError: the folder was not prepared.
+    """
+    from shoal.data.report import write_report
+
+    machine, recipe = machine or Machine(), read_recipe(folder)
+    if tokenizer or vocab_size:
+        recipe = replace(recipe, tokenizer=tokenizer, vocab_size=vocab_size)
+        _write_json(folder / "recipe.json", {"key": _key_of(folder), "recipe": recipe.to_dict()})
+    numbers = store.shard_numbers(folder)
+    verdicts = tuple(store.verdict_names(folder))
+    home = _tokenizer(folder, recipe)
+    digest = vocabulary.digest(home) if home else "none"
+    key = _key(_key_of(folder), pack.verdicts_digest(folder, verdicts), digest, *verdicts)
+    job = pack.Packing(folder=folder, tokenizer=home, verdicts=verdicts, seed=recipe.seed)
+    stage = Stage(folder=folder, name=pack.STAGE, key=key, task=_Task(pack.pack_shard, job))
+    joined = Stage(
+        folder=folder,
+        name="join",
+        key=key,
+        task=lambda _: {"tokens": pack.join_parts(job, numbers, _provenance(folder, recipe))},
+    )
+    ledgers = run_stage(stage, numbers, machine, max_document=recipe.max_document, progress=_named(notice, "pack"))
+    if home is not None:
+        run_stage(joined, [0], ALONE, max_document=1)
+        pack.remove_parts(folder)
+    cleaned = _ledgers(folder, clean.STAGE, numbers)
+    summary: dict[str, Any] = {"clean": _merged(cleaned), "pack": _merged(ledgers), "recipe": recipe.to_dict()}
+    for name in ("duplicates", "band"):
+        found = _ledgers(folder, name, [0])
+        summary[name] = found[0] if found else None
+    summary["passed_over"] = json.loads((folder / "plan.json").read_bytes())["passed_over"]
+    _write_json(folder / "summary.json", summary)
+    write_report(folder)
+    notice("report", 1, 1)
+    return _result(folder, summary)
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a prepared folder. Raises FileError if it is none."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise FileError(folder, "holds no recipe.json; `shoal data prepare` makes one")
+    return recipe_from(json.loads(path.read_bytes())["recipe"], path.absolute())
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A function of a job and a shard's number with the job filled in; it can go to another process."""
+
+    function: Callable[[Any, int], dict[str, Any]]
+    job: Any
+
+    def __call__(self, shard: int) -> dict[str, Any]:
+        return self.function(self.job, shard)
+
+
+def _claim(folder: Path, recipe: Recipe, steps: Steps) -> str:
+    """Write `recipe.json`, unless another recipe's run lies there. Returns the key of the cleaning."""
+    path = folder / "recipe.json"
+    data = recipe.to_dict()
+    fixed = {name: value for name, value in data.items() if name not in LATER}
+    fixed["steps"] = f"{steps.__module__}.{steps.__qualname__}"
+    key = _key(json.dumps(fixed, sort_keys=True))
+    if path.is_file():
+        old = json.loads(path.read_bytes())
+        if old["key"] != key:
+            different = [name for name in fixed if name != "steps" and fixed[name] != old["recipe"].get(name)]
+            raise FileError(folder, f"holds a run of another recipe ({', '.join(different) or 'steps'} differ)")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise FileError(folder, "already exists and is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(path, {"key": key, "recipe": data})
+    return key
+
+
+def _plan(folder: Path, recipe: Recipe) -> tuple[tuple[Part, ...], ...]:
+    """The shards of the input; refuses input that has changed since the folder's run began."""
+    found, passed = plan_shards(recipe.sources, shard_bytes=recipe.shard_bytes)
+    if not found:
+        raise FileError(recipe.sources[0].path, "holds nothing to read")
+    sizes = [[part.path.stat().st_size for part in shard] for shard in found]
+    plan = {"shards": json.loads(json.dumps([[asdict(p) for p in s] for s in found], default=str)), "sizes": sizes}
+    path = folder / "plan.json"
+    if path.is_file():
+        old = json.loads(path.read_bytes())
+        if (old["shards"], old["sizes"]) != (plan["shards"], plan["sizes"]):
+            raise FileError(folder, "holds a run over other input: files were added, removed or changed since")
+    _write_json(path, {**plan, "passed_over": passed})
+    return tuple(tuple(shard) for shard in found)
+
+
+def _find_duplicates(folder: Path, recipe: Recipe, machine: Machine, key: str, notice: Notice) -> str:
+    key = _key(key, str(recipe.near_duplicates))
+
+    def task(_: int) -> dict[str, Any]:
+        found = duplicates.find_duplicates(folder, recipe.near_duplicates, machine.memory)
+        duplicates.write_duplicates(folder, found)
+        return {"exact": int((found.how == 1).sum()), "near": int((found.how == 2).sum()), "of": len(found.how)}
+
+    run_stage(
+        Stage(folder=folder, name="duplicates", key=key, task=task),
+        [0],
+        ALONE,
+        max_document=1,
+        progress=_named(notice, "dedupe"),
+    )
+    return key
+
+
+def _choose(folder: Path, recipe: Recipe, key: str, notice: Notice) -> None:
+    """Stage one: scores of the reference model if one is named, then the band; an old band goes if none is wanted."""
+    if recipe.band is None:
+        store.remove_attributes(folder, entropy.VERDICT)
+        return
+    numbers = store.shard_numbers(folder)
+    verdicts = [duplicates.ATTRIBUTES]
+    if recipe.entropy_model:
+        key = _key(key, recipe.entropy_model)
+        opened: list[Any] = []
+
+        def score(shard: int) -> dict[str, Any]:
+            if not opened:  # nothing is loaded if every shard is scored already
+                opened.append(entropy.open_reference(str(recipe.entropy_model)))
+            return entropy.score_shard(opened[0], folder, shard, verdicts)
+
+        stage = Stage(folder=folder, name="surprise", key=key, task=score)
+        run_stage(stage, numbers, ALONE, max_document=1, progress=_named(notice, "score"))
+    key, with_model = _key(key, *map(str, recipe.band)), recipe.entropy_model is not None
+    choose = functools.partial(entropy.choose_band, folder, recipe.band, verdicts, with_model=with_model)
+    run_stage(Stage(folder=folder, name="band", key=key, task=lambda _: choose()), [0], ALONE, max_document=1)
+
+
+def _tokenizer(folder: Path, recipe: Recipe) -> Path | None:
+    """The folder's own copy of the tokenizer, made or trained if it is not there yet."""
+    target = folder / "tokenizer"
+    if not recipe.tokenizer and not recipe.vocab_size:
+        return None
+    origin = {"tokenizer": recipe.tokenizer, "vocab_size": recipe.vocab_size}
+    marker = folder / "done" / "tokenizer.json"
+    if marker.is_file() and json.loads(marker.read_bytes()) == origin and target.is_dir():
+        return target
+    if recipe.tokenizer:
+        pack.keep_tokenizer(folder, recipe.tokenizer)
+    else:
+        assert recipe.vocab_size is not None
+        train_on_folder(folder, target, vocab_size=recipe.vocab_size, seed=recipe.seed)
+    _write_json(marker, origin)
+    return target
+
+
+def train_on_folder(folder: Path, target: Path, *, vocab_size: int, seed: int) -> None:
+    """Train a tokenizer on what the verdicts of a folder keep, or on a sample of it."""
+    import shutil
+
+    shards = store.shard_numbers(folder)
+    total = sum(sum(store.read_attributes(folder, clean.ATTRIBUTES, shard)["characters"]) for shard in shards)
+    kept = (document for shard in shards for document in store.read_kept(folder, shard))
+    shutil.rmtree(target, ignore_errors=True)
+    vocabulary.train_tokenizer(vocabulary.sampled(kept, total, seed=seed), target, vocab_size=vocab_size)
+
+
+def _provenance(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What the packed tokens say of themselves: recipe, versions, and documents by source and licence."""
+    import importlib.metadata as metadata
+
+    merged = _merged(_ledgers(folder, pack.STAGE, store.shard_numbers(folder)))
+    versions = {name: metadata.version(name) for name in ("numpy", "tokenizers", "pyarrow", "rensa")}
+    return {"recipe": recipe.to_dict(), "groups": merged["groups"]["after"], "versions": versions}
+
+
+def _key_of(folder: Path) -> str:
+    return str(json.loads((folder / "recipe.json").read_bytes())["key"])
+
+
+def _ledgers(folder: Path, stage: str, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    paths = [Stage(folder=folder, name=stage, key="", task=lambda _: {}).marker(number) for number in numbers]
+    return [json.loads(path.read_bytes())["ledger"] for path in paths if path.is_file()]
+
+
+def _merged(ledgers: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    total = Ledger()
+    for ledger in ledgers:
+        total.add(ledger)
+    return total.data
+
+
+def _result(folder: Path, summary: dict[str, Any]) -> Result:
+    cleaned, packed = summary["clean"], summary["pack"]
+    kept = packed["groups"]["after"].get("kind", {})
+    return Result(
+        folder=folder,
+        read=cleaned["steps"].get("read", [0])[0],
+        kept=sum(row[0] for row in kept.values()),
+        tokens=packed.get("tokens", 0),
+        unreadable=sum(row[0] for row in cleaned["dropped"].get("read", {}).values()),
+    )
+
+
+def _named(notice: Notice, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: notice(stage, done, total)
+
+
+def _key(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as out:
+        out.write(json.dumps(data, indent=1, ensure_ascii=False).encode())
