@@ -147,8 +147,8 @@ def write(rows: list[dict[str, Any]]) -> None:
         f"`python benchmarks/reshape.py {' '.join(sys.argv[1:])}` on {machine['cpu']}; weights in float32. Cached "
         "values and bytes are a token's in one layer; heads without grouping cache "
         f"{rows[0]['full_bytes'] // 2} values, {rows[0]['full_bytes']} bytes in bfloat16. Perplexities are per "
-        "word of held-out text, with the source's divided by them; accuracies have their 95 % interval and their share of "
-        "the source's.",
+        "word of held-out text, with the source's divided by them; accuracies have their 95 % interval and their share "
+        "of the source's.",
         "",
         "| model | cache | values | bytes | less than full heads | English | code | continuation | HellaSwag (100) |",
         "|---|---|---|---|---|---|---|---|---|",

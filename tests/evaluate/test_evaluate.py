@@ -6,7 +6,6 @@ import gzip
 import json
 import math
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,9 @@ def test_generations_are_those_of_the_transformers_backend(folder: Path, llm: LL
     from shoal.evaluate.harness import EngineLM
 
     wishes = {"until": ["e"], "max_gen_toks": 24, "do_sample": False}
-    requests = [Instance("generate_until", {}, (text, wishes), 0) for text in ("One", "The sea is deep and", "A list of")]
+    requests = [
+        Instance("generate_until", {}, (text, wishes), 0) for text in ("One", "The sea is deep and", "A list of")
+    ]
     ours = EngineLM(llm).generate_until(requests)
     assert ours == HFLM(pretrained=str(folder), dtype="float32", batch_size=1, device="cpu").generate_until(requests)
     with pytest.raises(ShoalError, match="frobnicate"):

@@ -26,12 +26,13 @@ def database(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("query", "reference", "same"), [
     ("select name from track where price < 1", "select name from track where id in (3, 1)", True),
     ("select name from track where price < 1;", "select name from track where id in (3, 1) order by name", False),
-    ("select name from track where price < 1 order by 1", "select name from track where id in (1, 3) order by name", True),
+    ("select name from track where price < 1 order by 1", "select name from track where id % 2 = 1 order by name", True),
     ("select id, name from track", "select name from track", False),
     ("select 0.1 + 0.2", "select 0.3", True), ("select 1", "select '1'", False), ("select null", "select 0", False),
     ("select name from track union all select name from track", "select name from track", False),
     ("with a as (select max(price) p from track) select p from a", "select 2.0", True),
-    ("selec name from track", "select 1", False), ("", "select 1", False), ("select 1; drop table track", "select 1", False),
+    ("selec name from track", "select 1", False), ("", "select 1", False),
+    ("select 1; drop table track", "select 1", False),
 ])  # fmt: skip
 def test_answers_are_compared_as_rows(database: Path, query: str, reference: str, same: bool) -> None:
     assert same_answer(database, query, reference) is same
