@@ -6,11 +6,11 @@ import gzip
 import json
 
 import pytest
+from tests.data import texts
+from tests.data.texts import document
 
 from shoal.data.contamination import contaminated, load_evaluations
 from shoal.errors import FileError
-from tests.data import texts
-from tests.data.texts import document
 
 PROBLEM = '''def largest_gap(values):
     """Find the largest distance between neighbours after sorting the given values."""

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from tests.data import texts
 
 from shoal.data import store
 from shoal.data.clean import signature_path
@@ -13,7 +14,6 @@ from shoal.data.document import Document
 from shoal.data.duplicates import find_duplicates, write_duplicates
 from shoal.data.signatures import BANDS, ROWS, SHINGLE, Signer, save
 from shoal.errors import ConfigError, FileError
-from tests.data import texts
 
 
 def planted(folder, pairs, per_shard=40):
@@ -104,7 +104,7 @@ def test_a_small_budget_changes_nothing(tmp_path, corpus, budget):
     whole, sliced = find_duplicates(tmp_path, 0.7), find_duplicates(tmp_path, 0.7, budget=budget)
     assert (whole.keeper == sliced.keeper).all()
     assert (whole.how == sliced.how).all()
-    with pytest.raises(ConfigError, match="memory: .* documents need"):
+    with pytest.raises(ConfigError, match=r"memory: .* documents need"):
         find_duplicates(tmp_path, 0.7, budget=1000)
 
 

@@ -6,13 +6,13 @@ import random
 
 import numpy as np
 import pytest
+from tests.data import texts
 
 from shoal import hub
 from shoal.data import entropy, store
 from shoal.data.clean import compression
 from shoal.data.document import Document
 from shoal.errors import UnknownModelError
-from tests.data import texts
 
 
 def test_bits_and_entropy_against_plain_sums():

@@ -7,10 +7,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from tests.data.texts import document
 
 from shoal.data import language, licences
 from shoal.data.normalise import normalise
-from tests.data.texts import document
 
 ROOT = Path(__file__).resolve().parents[2]
 MIT = (

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.data import texts
 
 from shoal.data import store
 from shoal.data.document import Document, Reject
@@ -23,7 +24,6 @@ from shoal.data.shards import open_shards
 from shoal.data.steps import filtering, standard_steps
 from shoal.data.vocabulary import load_tokenizer
 from shoal.errors import ConfigError, FileError
-from tests.data import texts
 
 SECRET = "jane.doe@mail.company.org"
 ALONE = Machine(workers=1)
@@ -115,13 +115,15 @@ def test_a_killed_run_goes_on_and_ends_the_same(source, result, tmp_path):
         "from shoal.data import run, prepare, recipe; from shoal.data.plan import Source\n"
         "def notice(stage, done, total):\n"
         "    if stage == 'clean' and done == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"r = recipe.Recipe(sources=(Source(path=Path({str(source)!r}), name='all'),), vocab_size=600, shard_bytes=60_000)\n"
+        f"sources = (Source(path=Path({str(source)!r}), name='all'),)\n"
+        "r = recipe.Recipe(sources=sources, vocab_size=600, shard_bytes=60_000)\n"
         f"prepare.prepare(r, {str(out)!r}, run.Machine(workers=1), notice=notice)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert done.returncode == -9, done.stderr
     markers = sorted((out / "done/clean").iterdir())
     assert len(markers) == 2
+    (out / "documents/.00002.jsonl.zst.0123abcd.partial").write_text("what a killed worker leaves")
     before = markers[0].stat().st_mtime_ns
     prepare(recipe(source), out, ALONE)
     assert markers[0].stat().st_mtime_ns == before

@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 
 import pytest
+from tests.data import texts
 
 from shoal.data.pii import mask
-from tests.data import texts
 
 PLANTED = {
     "EMAIL": ["jane.doe+news@mail.company.co.uk", "x@y.io", "first_last@sub.domain.org"],
     "IP": ["8.8.8.8", "93.184.216.34", "2001:4860:4860::8888", "2a00:1450:4001:81b::200e"],
     "KEY": [
         "AKIAIOSFODNN7EXAMPLQ", "ghp_" + "a1B2c3D4e5" * 4, "xoxb-1234567890-abcdefghij", "sk-" + "Ab3" * 10,
-        "AIza" + "B" * 35, "glpat-abcdefghij0123456789", "api_key = 'q8Jx2vLmP0zR7tYw4kNs'", 'password: "h7Gk2Lp9Qw3Zx8Vb"',
+        "AIza" + "B" * 35, "glpat-abcdefghij0123456789", "api_key = 'q8Jx2vLmP0zR7tYw4kNs'",
+        'password: "h7Gk2Lp9Qw3Zx8Vb"',
     ],
     "CARD": ["4539 1488 0343 6467", "5425-2334-3010-9903"],
     "IBAN": ["DE89 3704 0044 0532 0130 00", "GB82WEST12345698765432"],
@@ -22,7 +23,8 @@ PLANTED = {
     "PRIVATE_KEY": ["-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc=\n-----END RSA PRIVATE KEY-----"],
 }  # fmt: skip
 HARMLESS = [
-    "127.0.0.1", "192.168.0.10", "10.1.2.3", "255.255.255.0", "version 1.2.3.4.5", "user@example.com", "4111 1111 1111 1112",
+    "127.0.0.1", "192.168.0.10", "10.1.2.3", "255.255.255.0", "version 1.2.3.4.5", "user@example.com",
+    "4111 1111 1111 1112",
     "12:30:45", "DE89 3704 0044 0532 0130 01", "key = 'configuration_value_name'", "a@b", "0x41414141414141414",
     "password = 'changeme'", "std::vector::iterator", "@decorator", "1234567890123456", "2026-11-24 10:00:00",
 ]  # fmt: skip

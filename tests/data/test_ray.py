@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from tests.data import texts
 
 from shoal.data.plan import Source
 from shoal.data.prepare import prepare
 from shoal.data.recipe import Recipe
 from shoal.data.run import Machine
 from shoal.data.steps import editing, standard_steps
-from tests.data import texts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,15 +1,15 @@
-"""Rules: each on text that it must drop, all on text that they must keep, Gopher's against datatrove's implementation."""
+"""Rules: each on text that it must drop, all on text that they must keep, Gopher's against datatrove's code."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
+from tests.data import texts
+from tests.data.texts import document
 
 from shoal.data.rules import c4, code, fineweb, gopher, judge, repetition, rules_for
 from shoal.errors import ConfigError
-from tests.data import texts
-from tests.data.texts import document
 
 GOOD = """The sea lay calm that morning, and to be there with the others was a joy after so long a winter inland.
 We spoke of the things that have passed between us, of the boats sold and the boats lost to the weather.
