@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 class ShoalError(Exception):
-    """Base of every error that is the input's fault rather than ours."""
+    """Base of every error that is the input's fault rather than ours; the command line ends with `exit_code`."""
+
+    exit_code = 2
 
 
 class ConfigError(ShoalError, ValueError):
@@ -45,6 +47,12 @@ class RequestError(ShoalError, ValueError):
 
 class UnknownModelError(ShoalError):
     """The name is neither a folder, a GGUF file nor a known short name."""
+
+
+class RunError(ShoalError):
+    """A long run cannot go on, through no fault of what was asked: a full disk, a loss that is no number."""
+
+    exit_code = 1
 
 
 class MissingExtraError(ShoalError):

@@ -1,6 +1,6 @@
 """`shoal`: finds the verb, imports only its module, and turns every failure into one line and an exit code.
 
-Exit codes: 0 done, 1 a failure while running, 2 a fault in the input or the command, 130 Ctrl-C.
+Exit codes: 0 done, 1 a failure while running, 2 a fault in the input or the command, 130 Ctrl-C, 143 a request to stop.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ VERBS = {
     "serve": "Serve a model over HTTP with the OpenAI API.",
     "convert": "Convert a model between a Hugging Face folder and GGUF.",
     "bench": "Measure a model: speed of prompt and decoding, time to the first token, memory.",
+    "train": "Train a model from text, by a recipe.",
+    "tune": "Tune a model on examples: adapters under a budget, or all weights.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
     "data": "Turn text and code into training data: clean, dedupe, choose, pack, report.",
     "trace": "Record which experts each token goes to; sum a recording up or draw it.",
+    "cost": "Count what training takes, before it starts: operations, memory, time and dollars.",
     "info": "Show this machine, or what a model is and costs.",
     "models": "List the models at hand.",
     "pull": "Fetch a model by its short name.",
@@ -102,7 +105,7 @@ def _run(args: list[str]) -> int:
         if debug:
             traceback.print_exc()
         if isinstance(error, ShoalError):
-            return _fail(str(error), 2)
+            return _fail(str(error), error.exit_code)
         if hasattr(error, "format_message"):  # what Typer and Click raise for a wrong command line
             return _fail(_usage(error), 2)
         if isinstance(error, OSError):

@@ -1,0 +1,73 @@
+"""What a model can do in between: its loss on held-out tokens, and how it continues a text."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from shoal.formats.tokenizer import Tokenizer
+from shoal.model import Model, new_cache
+from shoal.train.batches import IGNORE, Rows
+from shoal.train.losses import LossSettings, language_loss
+from shoal.train.process import Process
+from shoal.train.recipe import Recipe, SampleSettings
+from shoal.train.tensors import autocast, to_device
+
+NEXT_ONLY = LossSettings(mtp_weight=0.0, balance_weight=0.0, z_weight=0.0)
+
+
+@torch.no_grad()
+def validation_loss(model: Model, windows: Rows, recipe: Recipe, process: Process) -> float:
+    """Mean loss of the next token, in nats, over evenly spaced held-out sequences; the same ones each time."""
+    count = min(recipe.validation.sequences, len(windows))
+    numbers = [turn * len(windows) // count for turn in range(count)][process.rank :: process.world]
+    total = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(numbers), recipe.micro_batch):
+        batch = windows.read(numbers[start : start + recipe.micro_batch])
+        with autocast(recipe, process.device):
+            parts = language_loss(model, to_device(batch, process.device), NEXT_ONLY).parts
+        targets = int((batch.targets_BT != IGNORE).sum())
+        total += torch.tensor([float(parts["next"]) * targets, targets], dtype=torch.float64)
+    loss, targets_seen = process.sum(total.to(process.device)).tolist()
+    return loss / targets_seen if targets_seen else math.nan
+
+
+@torch.no_grad()
+def continue_text(model: Model, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, seed: int) -> str:
+    """What the model writes after `prompt`, up to an end token or `max_tokens`."""
+    ids = tokenizer.encode(prompt)
+    room = model.config.max_position_embeddings - settings.max_tokens
+    if not ids or room < 1:
+        return ""
+    ids = ids[-room:]
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = new_cache(model.config, batch=1, capacity=len(ids) + settings.max_tokens, device=device)
+    ends = {*model.config.eos_token_id, *tokenizer.eos_token_ids}
+    out: list[int] = []
+    new = ids
+    while len(out) < settings.max_tokens:
+        logits_V = model(torch.tensor([new], device=device), cache=cache, last_only=True)[0, 0].float()
+        if settings.temperature > 0:
+            token = int(torch.multinomial(F.softmax(logits_V / settings.temperature, -1), 1, generator=generator))
+        else:
+            token = int(logits_V.argmax())
+        if token in ends:
+            break
+        out.append(token)
+        new = [token]
+    return tokenizer.decode(out, continuing=True)
+
+
+@contextlib.contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """Put the model into evaluation mode for a while."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
