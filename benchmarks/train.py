@@ -169,8 +169,8 @@ def report(facts: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"Medians of {len(facts['limits']) - 1} rounds, in brackets the least and the greatest. Losses should differ by "
-        f"less than {LOSS_BOUND} in every step.",
+        f"Medians of {len(facts['limits']) - 1} rounds, in brackets the least and the greatest. Losses should "
+        f"differ by less than {LOSS_BOUND} in every step.",
         "",
         f"The floor: {result['flops_per_step'] / 1e9:.0f} billion operations at {result['matrix_rate'] / 1e9:.0f} a "
         f"nanosecond (a product of 1024 × 1024 matrices), and {result['optimiser_bytes_per_step'] / 1e9:.2f} GB of "
