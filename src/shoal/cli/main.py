@@ -32,6 +32,7 @@ VERBS = {
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
     "data": "Turn text and code into training data: clean, dedupe, choose, pack, report.",
     "trace": "Record which experts each token goes to; sum a recording up or draw it.",
+    "cost": "Count what training takes, before it starts: operations, memory, time and dollars.",
     "info": "Show this machine, or what a model is and costs.",
     "models": "List the models at hand.",
     "pull": "Fetch a model by its short name.",

@@ -200,7 +200,7 @@ class LLM:
     @property
     def cache_bytes_per_token(self) -> int:
         """What a token takes in the cache, over all layers."""
-        return self._core.cache_bytes // self._core.cache_tokens
+        return int(self._core.cache_bytes // self._core.cache_tokens)
 
     # ---- parts that callers also need by themselves
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from shoal.cost.train_flops import train_flops
 from shoal.data.shards import INDEX, Shards, open_shards
 from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.atomic import atomic_file, atomic_folder
@@ -35,7 +36,7 @@ from shoal.train.export import export, load_tokenizer
 from shoal.train.find import Prepare
 from shoal.train.log import Log, Record
 from shoal.train.losses import Losses, TextBatch, language_loss
-from shoal.train.measure import matrix_rate, train_flops_per_token
+from shoal.train.measure import matrix_rate
 from shoal.train.optim import make_optimisers
 from shoal.train.process import Process
 from shoal.train.recipe import Recipe, flatten
@@ -133,7 +134,7 @@ class Run:
         self.step = 0
         self.saved = -1
         self._resume()
-        self.flops_per_token = train_flops_per_token(recipe.model, recipe.sequence_length)
+        self.flops_per_token = train_flops(recipe.model, recipe.sequence_length).model
         self.rate = matrix_rate(torch.bfloat16 if recipe.precision == "bf16" else torch.float32, process.device)
         self.pace = Pace()
         self.log = Log(self.out / LOG, self.step, tensorboard=recipe.tensorboard) if process.leads else None
