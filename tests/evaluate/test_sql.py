@@ -26,7 +26,7 @@ def database(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("query", "reference", "same"), [
     ("select name from track where price < 1", "select name from track where id in (3, 1)", True),
     ("select name from track where price < 1;", "select name from track where id in (3, 1) order by name", False),
-    ("select name from track where price < 1 order by 1", "select name from track where id % 2 = 1 order by name", True),
+    ("select name from track where price < 1 order by 1", "select name from track where id % 2 order by name", True),
     ("select id, name from track", "select name from track", False),
     ("select 0.1 + 0.2", "select 0.3", True), ("select 1", "select '1'", False), ("select null", "select 0", False),
     ("select name from track union all select name from track", "select name from track", False),

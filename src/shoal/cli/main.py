@@ -28,6 +28,7 @@ VERBS = {
     "bench": "Measure a model: speed of prompt and decoding, time to the first token, memory.",
     "train": "Train a model from text, by a recipe.",
     "tune": "Tune a model on examples: adapters under a budget, or all weights.",
+    "distil": "Teach a student model what a teacher model knows.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
     "reshape": "Give a dense model DeepSeek-V3's attention, and experts if asked.",
     "eval": "Score a model on tasks, with 95% intervals.",
