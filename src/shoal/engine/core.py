@@ -124,6 +124,9 @@ class Core:
         self.vocab_size = config.vocab_size
         self.known_ids = min(known_ids or config.vocab_size, config.vocab_size)
         self.looks_ahead = plan.looks_ahead
+        self.plan = plan
+        self.wide = wide
+        self.cache_type = CACHES[cache]
         self._engine = plan.engine
         self._config = config
         self._steps = 0
@@ -266,10 +269,12 @@ class Core:
             return
         ended = time.perf_counter()
         self._steps += 1
+        each = (ended - started) / len(batch.tokens)
         row = 0
         for piece in batch.slices:
             rows = logits[row : row + piece.rows - piece.logits_from]
             row += len(rows)
+            piece.sequence.machine_seconds += piece.rows * each
             kept = 0
             try:
                 if not piece.sequence.cancelled:
@@ -300,7 +305,8 @@ class Core:
             rows = slice(row + skip, row + skip + len(tokens))
             sequence.routed = piece.start + skip + len(tokens)
             routing = Routing(
-                first=piece.start + skip, tokens=tuple(tokens), experts_LTK=experts_LTK[:, rows],
+                first=piece.start + skip, prompt_tokens=sequence.prompt_tokens, tokens=tuple(tokens),
+                experts_LTK=experts_LTK[:, rows],
                 weights_LTK=weights_LTK[:, rows], entropy_LT=entropy_LT[:, rows], step=step,
             )  # fmt: skip
             try:
