@@ -13,7 +13,7 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers bench-data sanitize races arm clean
+.PHONY: help setup setup-run run build test check format bench bench-peers bench-train bench-data sanitize races arm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-data: setup ## curation beside datatrove, turn by turn: minutes, or ARGS="
 	test -x build/datatrove/bin/python || $(PYTHON) -m venv build/datatrove
 	build/datatrove/bin/python -m pip install -q "datatrove>=0.10" orjson tokenizers regex "xxhash<4" nltk spacy fasteners
 	$(BIN)/python benchmarks/data.py --peer-python build/datatrove/bin/python $(ARGS)
+
+bench-train: setup ## training beside transformers, turn by turn: ten minutes, or ARGS="--sides shoal,eager"
+	$(BIN)/python benchmarks/train.py $(ARGS)
 
 # First the check programs over exact heap blocks, then the Python tests on an extension built the same way.
 sanitize: setup ## everything native under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -28,6 +28,7 @@ VERBS = {
     "bench": "Measure a model: speed of prompt and decoding, time to the first token, memory.",
     "train": "Train a model from text, by a recipe.",
     "tune": "Tune a model on examples: adapters under a budget, or all weights.",
+    "distil": "Teach a student model what a teacher model knows.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
     "data": "Turn text and code into training data: clean, dedupe, choose, pack, report.",
     "trace": "Record which experts each token goes to; sum a recording up or draw it.",

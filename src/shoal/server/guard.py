@@ -23,7 +23,8 @@ class Guard:
 
     Args:
         hosts: the names that a Host header may carry; None allows any (a server for a network).
-        api_key: what every request but `/health` and the page's files must carry as `Authorization: Bearer …`; None asks for nothing.
+        api_key: what every request but `/health` and the page's files must carry as `Authorization: Bearer …`; None
+            asks for nothing.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None = LOOPBACK, api_key: str | None = None) -> None:
