@@ -11,6 +11,7 @@ from shoal.errors import ConfigError
 # keys or origins.
 SERVE_FLAGS = {
     "model": "SHOAL_MODEL",
+    "adapter": "SHOAL_ADAPTER",
     "host": "SHOAL_HOST",
     "port": "SHOAL_PORT",
     "served-name": "SHOAL_SERVED_NAME",

@@ -32,6 +32,7 @@ def _flag(flag: str, text: str, *names: str, **limits: Any) -> Any:
 
 def run(
     model: Annotated[str, _flag("model", "Short name, folder or GGUF file.", "--model", "-m")] = DEFAULT_MODEL,
+    adapter: Annotated[Path | None, _flag("adapter", "A LoRA (PEFT folder) to run with it.", metavar="DIR")] = None,
     host: Annotated[str, _flag("host", "Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
     port: Annotated[int, _flag("port", "Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     served_name: Annotated[str | None, _flag("served-name", "Its name in the API; else its own.")] = None,
@@ -78,7 +79,7 @@ def run(
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
     say = _Voice(log)
     stopped = serve(
-        lambda: LLM(path, max_context=max_context, threads=threads, max_running=parallel),
+        lambda: LLM(path, adapter=adapter, max_context=max_context, threads=threads, max_running=parallel),
         name=name, sock=sock, parallel=parallel, max_queue=max_queue, request_seconds=request_seconds,
         drain_seconds=drain_seconds, price_per_hour=price_per_hour, policy=policy,
         on_start=lambda: say(f"listening on {address} (loading {name})", "listening", url=address, model=name),

@@ -69,7 +69,7 @@ class Journal:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            if self._kind != "none" and (scope["path"] not in UNLOGGED or status >= 500):
+            if self._kind != "none" and (scope["path"] not in UNLOGGED or status not in (200, 503)):
                 self._write(scope, request_id.decode(), status, time.perf_counter() - began, note)
 
     def _write(self, scope: Scope, request_id: str, status: int, seconds: float, note: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ Each report is an event of its own in the stream, with no choices, as the one th
                                    "experts": [[[3, 8], …], …], "weights": the same shape, "entropy": [[1.9, …], …]}}
 
 `experts` and `weights` are [layers with experts, tokens, picked], `entropy` [layers, tokens] in nats; `first` is the
-position of the first token, and from `prompt_tokens` on they are the answer's. A token is reported when it has been read, one event after the one that brought its text.
+position of the first token, and from `prompt_tokens` on they are the answer's. A token is reported when it has been
+read, one event after the one that brought its text.
 """
 
 from __future__ import annotations

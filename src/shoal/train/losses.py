@@ -24,6 +24,8 @@ from shoal.train.batches import IGNORE
 # Logits in memory at a time (64 MB in bfloat16), and of those, in float32 while they become gradients (2 MB).
 CHUNK_LOGITS = 1 << 25
 CACHED_LOGITS = 1 << 19
+# Share of tokens that count below which the others (the questions, in tuning) are left out rather than weighed with 0.
+SPARSE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,14 @@ def linear_cross_entropy(
         The weighted sum; and for each token, without gradient, its unweighted cross-entropy and its logsumexp² (0 where
         ignored).
     """
+    counts_X = targets_X != IGNORE
+    if 0 < int(counts_X.sum()) < SPARSE * len(targets_X):
+        index_Y = counts_X.nonzero()[:, 0]
+        total, *each = linear_cross_entropy(
+            hidden_XD[index_Y], head_VD, targets_X[index_Y], weights_X[index_Y], z_weight
+        )
+        loss_X, square_X = (value_Y.new_zeros(len(targets_X)).index_copy_(0, index_Y, value_Y) for value_Y in each)
+        return total, loss_X, square_X
     outputs: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_XD, head_VD, targets_X, weights_X, z_weight
     )

@@ -96,6 +96,7 @@ function show(view) {
 function showList(wanted) {
   document.body.classList.toggle("with-list", wanted);
   $("open-list").setAttribute("aria-expanded", String(wanted));
+  if (wanted) $("new-chat").focus();
 }
 
 function showExperts(wanted) {
@@ -158,6 +159,7 @@ $("open-list").addEventListener("click", () => showList(!document.body.classList
 $("toggle-experts").addEventListener("click", () => { showExperts($("experts").hidden); if (!$("experts").hidden && !$("close-experts").offsetParent) return; if (!$("experts").hidden) $("close-experts").focus(); });
 $("close-experts").addEventListener("click", () => { showExperts(false); $("toggle-experts").focus(); });
 $("open-settings").addEventListener("click", () => openSettings());
+$("main").addEventListener("click", () => showList(false));
 document.addEventListener("keydown", (e) => {
   if (e.key !== "Escape" || $("settings").open) return;
   chat.stop();
