@@ -3,9 +3,9 @@
 Steps on every side: read JSON lines (gzip), Gopher's repetition and quality rules, MinHash near duplicates over all
 files, tokenize with one tokenizer. `datatrove` runs as its examples do: 14 buckets of 8 hashes, words by spaCy, which
 counts punctuation as words, so that its rules drop more. `datatrove, plain words` is made to split at white space as
-Shoal does, so that the rules see the same words and nearly the same is kept. Shoal also verifies candidates, normalises,
-looks for licences, measures compressibility and writes its report. All have as many processes. Memory is the peak of
-the proportional set sizes of a side's processes together, sampled.
+Shoal does, so that the rules see the same words and nearly the same is kept. Shoal also verifies candidates,
+normalises, looks for licences, measures compressibility and writes its report. All have as many processes. Memory is
+the peak of the proportional set sizes of a side's processes together, sampled.
 """
 
 from __future__ import annotations
