@@ -13,7 +13,7 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers sanitize races arm clean
+.PHONY: help setup setup-run run build test check format bench bench-peers bench-train sanitize races arm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench: setup ## speed of every kernel on every instruction set of this machine
 
 bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+bench-train: setup ## training beside transformers, turn by turn: ten minutes, or ARGS="--sides shoal,eager"
+	$(BIN)/python benchmarks/train.py $(ARGS)
 
 # First the check programs over exact heap blocks, then the Python tests on an extension built the same way.
 sanitize: setup ## everything native under AddressSanitizer and UndefinedBehaviorSanitizer

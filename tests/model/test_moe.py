@@ -9,7 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from shoal.config import MoEConfig  # noqa: E402
-from shoal.model.moe import Experts, MoE, Router, Routing  # noqa: E402
+from shoal.model.grouped import _Experts, runs_of  # noqa: E402
+from shoal.model.moe import Experts, MoE, Router, Routing, in_expert_order  # noqa: E402
 
 E, D = 12, 9
 METHODS = {
@@ -128,7 +129,7 @@ def some_routing(tokens: int, dtype=torch.float32, num: int = 3) -> Routing:
 
 def dense_sum(experts: Experts, x_TD, routing: Routing):
     """Every expert on every token, then weights that are zero for the unpicked ones."""
-    weights_TE = torch.zeros_like(routing.scores_TE).scatter(1, routing.indices_TK, routing.weights_TK)
+    weights_TE = torch.zeros_like(routing.scores_TE).scatter_add(1, routing.indices_TK, routing.weights_TK)
     gate_TEF = torch.einsum("td,efd->tef", x_TD, experts.gate_proj.weight)
     up_TEF = torch.einsum("td,efd->tef", x_TD, experts.up_proj.weight)
     hidden_TEF = gate_TEF * torch.sigmoid(gate_TEF) * up_TEF
@@ -153,19 +154,61 @@ def test_nothing_is_dropped_when_all_tokens_pick_one_expert():
     torch.testing.assert_close(experts(x_TD, routing), dense_sum(experts, x_TD, routing), rtol=1e-5, atol=1e-6)
 
 
-def test_grouped_products_equal_the_loop_and_so_do_their_gradients():
-    """The path that GPUs take, here on the CPU in float32, with an expert that nobody picked."""
-    experts = make_experts(width=16, hidden=8)
-    counts_E = torch.tensor([3, 0, 5, 1, 2, 4, 0, 1, 1, 2, 0, 1])
-    rows = torch.randn(20, 8, generator=torch.Generator().manual_seed(4))
+def test_grouped_products_equal_the_experts_in_turn_and_so_do_their_gradients():
+    """The path that GPUs take, here on the CPU in float32, with experts that nobody picked."""
+    experts, routing = make_experts(width=16, hidden=8), some_routing(20)
+    routing = routing._replace(indices_TK=routing.indices_TK // 2 * 2 + (routing.indices_TK == 5))
+    x_TD = torch.randn(20, 8, generator=torch.Generator().manual_seed(4))
     upstream = torch.randn(20, 8, generator=torch.Generator().manual_seed(5))
     results = []
-    for run in (experts.run_loop, experts.run_grouped):
-        x = rows.clone().requires_grad_()
-        out = run(x, counts_E)
-        results.append((out, *torch.autograd.grad(out, [x, *experts.parameters()], upstream)))
-    for loop, grouped in zip(*results, strict=True):
-        torch.testing.assert_close(grouped, loop, rtol=1e-5, atol=1e-5)
+
+    def grouped(x, picked):
+        return in_expert_order(x, picked, E, experts.run_grouped)
+
+    for run in (experts.forward, grouped):
+        x, weights = x_TD.clone().requires_grad_(), routing.weights_TK.clone().requires_grad_()
+        out = run(x, routing._replace(weights_TK=weights))
+        results.append((out, *torch.autograd.grad(out, [x, weights, *experts.parameters()], upstream)))
+    for in_turn, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, in_turn, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1, 4, 64])
+def test_rows_that_fill_a_unit_change_no_result_and_no_gradient(unit):
+    experts, routing = make_experts(dtype=torch.float64), some_routing(17, torch.float64)
+    routing = routing._replace(indices_TK=routing.indices_TK.clamp(min=1))  # nobody picks expert 0
+    x = torch.randn(17, D, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)
+    weights = routing.weights_TK.clone().requires_grad_()
+    runs = runs_of(routing.indices_TK, E, unit)
+    assert all(end % unit == 0 for _, end in runs.bounds) and runs.bounds[0] == (0, 0)
+    assert runs.row_TK.unique().numel() == 17 * 3
+    inputs = (x, weights, *experts.parameters())
+    ours = _Experts.apply(*inputs, runs)
+    picked = routing._replace(weights_TK=weights)
+    expected = dense_sum(experts, x, picked)
+    upstream = torch.randn(17, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_experts_in_bfloat16_stay_near_float32():
+    """Enough rows for whole units; the weights of the layer stay float32, and so do their gradients."""
+    experts, routing = make_experts(width=16, hidden=32), some_routing(400)
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    wide = experts(x, routing)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = experts(x, routing)
+    assert low.dtype == torch.bfloat16
+    for a, b in zip(
+        torch.autograd.grad(low.float().square().sum(), [x, *experts.parameters()]),
+        torch.autograd.grad(wide.square().sum(), [x, *experts.parameters()]),
+        strict=True,
+    ):
+        assert a.dtype == torch.float32
+        assert float((a - b).norm() / b.norm()) < 0.02
 
 
 def test_expert_gradients_in_float64():

@@ -30,10 +30,25 @@ class ByteTokenizer:
 
     vocab_size = 256
 
-    def encode(self, text: str) -> list[int]:
+    bos_token_id = None
+    add_bos = False
+
+    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def encode_piece(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_id(self, name: str) -> int | None:
+        return None
+
+    def is_control(self, token: int) -> bool:
+        return False
+
+    def find_control(self, text: str) -> Iterator[tuple[int, int, int]]:
+        return iter(())
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
@@ -41,10 +56,13 @@ class ByteTokenizer:
 
 
 class FakeConfig:
+    hidden_size = 4
     vocab_size = 260  # a few rows of padding, as real models have
 
 
 class FakeChatFormat:
+    template_source = "{{ messages }}"
+
     def starts_in_reasoning(self, tokenizer: ByteTokenizer, ids: Sequence[int]) -> bool:
         return bytes(ids).endswith(b"<think>")
 
@@ -97,7 +115,7 @@ class FakeLLM:
     tokenizer = ByteTokenizer()
     generation = GenerationDefaults()
     chat_format = FakeChatFormat()
-    max_context = 100
+    max_context = max_embedding = 100
 
     def __init__(self) -> None:
         self.reply = "Hello, wörld"

@@ -15,6 +15,10 @@ TEXT = "/v1/completions"
 USER = {"role": "user", "content": "Hi"}
 
 
+def _tool(name: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     body = response.json()
@@ -98,10 +102,27 @@ def test_a_field_out_of_bounds(server: Running, path: str, field: str, value: An
         ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
         ("top_logprobs", {"logprobs": True, "top_logprobs": -1}),
         ("logprobs", {"logprobs": 1}),
-        ("max_tokens", {"max_completion_tokens": 0}),
-        ("tools", {"tools": [{"type": "function"}]}),
+        ("max_completion_tokens", {"max_completion_tokens": 0}),
+        ("tools", {"tools": "f"}),
+        ("tools.0", {"tools": ["f"]}),
+        ("tools.0.type", {"tools": [{"type": "magic", "function": {"name": "f"}}]}),
+        ("tools.0.function", {"tools": [{"type": "function"}]}),
+        *(("tools.0.function.name", {"tools": [_tool(name)]}) for name in ("", "a b", 'a"b', "a\nb", "x" * 65, 5)),
+        ("tools.0.function.parameters", {"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}),
+        ("tools.1.function.name", {"tools": [_tool("f"), _tool("f")]}),
+        ("tools", {"tools": [_tool(f"f{i}") for i in range(129)]}),
+        ("functions", {"functions": [{"name": "f"}]}),
+        ("tool_choice", {"tool_choice": "sometimes", "tools": [_tool("f")]}),
+        ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [_tool("f")]}),
         ("tool_choice", {"tool_choice": "required"}),
-        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("response_format", {"response_format": "json"}),
+        ("response_format.type", {"response_format": {"type": "xml"}}),
+        ("response_format", {"response_format": {"type": "json_schema"}}),
+        ("response_format", {"response_format": {"type": "regex"}}),
+        ("structured_outputs", {"structured_outputs": {}}),
+        ("structured_outputs", {"structured_outputs": {"regex": "a", "grammar": "b"}}),
+        ("structured_outputs.json", {"structured_outputs": {"json": "{"}}),
+        ("structured_outputs", {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}),
         ("chat_template_kwargs.thinking", {"chat_template_kwargs": {"thinking": "x"}}),
     ],
 )
@@ -163,7 +184,15 @@ def test_an_unknown_model_is_404_even_with_a_hostile_name(server: Running) -> No
 
 
 def test_unknown_routes_and_methods_answer_in_json(server: Running) -> None:
-    for path in ("/", "/v2", "//v1/models", "/v1/chat/completions/", "/v1/chat/../../etc/passwd"):
+    for path in (
+        "/page",
+        "/page/",
+        "/page/../app.py",
+        "/v2",
+        "//v1/models",
+        "/v1/chat/completions/",
+        "/v1/chat/../../etc/passwd",
+    ):
         assert error_of(server.http.get(path), 404)["code"] == "not_found"
     response = server.http.get(CHAT)
     assert error_of(response, 405)["code"] == "method_not_allowed"

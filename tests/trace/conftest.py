@@ -31,7 +31,7 @@ def routing(
         experts = rng.permuted(np.tile(np.arange(shape.n_routed_experts), (*size, 1)), axis=-1)
         experts = experts[..., : shape.num_experts_per_tok]
     return Routing(
-        first=first, tokens=tuple((first + i) % 4 for i in range(count)),
+        first=first, prompt_tokens=3, tokens=tuple((first + i) % 4 for i in range(count)),
         experts_LTK=np.ascontiguousarray(experts, np.int32),
         weights_LTK=rng.random((*size, shape.num_experts_per_tok), np.float32),
         entropy_LT=rng.random(size, np.float32),
@@ -41,11 +41,11 @@ def routing(
 
 @pytest.fixture
 def record(tmp_path: Path) -> Callable[..., Path]:
-    def make(*texts: list[Routing], name: str = "trace.parquet", prompt: int = 3, **options: Any) -> Path:
+    def make(*texts: list[Routing], name: str = "trace.parquet", **options: Any) -> Path:
         path = tmp_path / name
         with Recorder(path, SHAPE, text=WORDS.__getitem__, **options) as recorder:
             for parts in texts:
-                hear = recorder.listen(prompt)
+                hear = recorder.listen()
                 for part in parts:
                     hear(part)
         return path

@@ -60,7 +60,7 @@ def test_without_text_nobody_can_read_the_prompts(tmp_path: Path) -> None:
     with Recorder(tmp_path / "t.parquet", SHAPE) as recorder:
         for parts in two_texts():
             for part in parts:
-                recorder.listen(3)(part)
+                recorder.listen()(part)
     table = pq.read_table(tmp_path / "t.parquet")
     assert table["token"].null_count == table["text"].null_count == table.num_rows == 30
 
@@ -69,13 +69,13 @@ def test_a_folder_gets_a_file_after_a_while_and_the_rest_at_the_end(tmp_path: Pa
     recorder = Recorder(tmp_path / "traces", SHAPE, folder=True, group_rows=1 << 20, file_seconds=0.2)
     first, second = two_texts()
     for part in first:
-        recorder.listen(1)(part)
+        recorder.listen()(part)
     end = time.monotonic() + 20
     while not list((tmp_path / "traces").glob("*.parquet")):
         assert time.monotonic() < end
         time.sleep(0.02)
     for part in second:
-        recorder.listen(1)(part)
+        recorder.listen()(part)
     recorder.close()
     recorder.close()  # twice does no harm
     tables = [pq.read_table(path) for path in sorted((tmp_path / "traces").iterdir())]
@@ -88,7 +88,7 @@ def test_files_of_a_folder_have_bounded_length(tmp_path: Path, monkeypatch: pyte
     recorder = Recorder(tmp_path, SHAPE, folder=True, group_rows=1)
     for parts in two_texts():
         for part in parts:
-            recorder.listen(1)(part)
+            recorder.listen()(part)
     recorder.close()
     assert [pq.read_metadata(path).num_rows for path in recorder.files] == [15, 15]
 
@@ -96,7 +96,7 @@ def test_files_of_a_folder_have_bounded_length(tmp_path: Path, monkeypatch: pyte
 def test_nothing_is_left_where_the_block_fails(tmp_path: Path) -> None:
     def fail() -> None:
         with Recorder(tmp_path / "t.parquet", SHAPE, group_rows=1) as recorder:
-            recorder.listen(1)(two_texts()[0][0])
+            recorder.listen()(two_texts()[0][0])
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -114,7 +114,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 said = []
 recorder = Recorder(Path(sys.argv[1]), SHAPE, group_rows=1, on_failure=said.append)
 rng = np.random.default_rng(0)
-hear = recorder.listen(1)
+hear = recorder.listen()
 for step in range(400):
     hear(routing(rng, 64 * step, 64, step))
 try:
@@ -152,7 +152,7 @@ recorder = Recorder(Path(sys.argv[1]), SHAPE, folder=True, group_rows=1)
 rng = np.random.default_rng(0)
 import shoal.trace.recorder as module
 module.FILE_ROWS = 500
-hear = recorder.listen(1)
+hear = recorder.listen()
 for step in range(10):
     hear(routing(rng, 64 * step, 64, step))
 while not list(Path(sys.argv[1]).glob("*.parquet")):
@@ -172,7 +172,7 @@ def test_memory_does_not_grow_with_the_trace(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     part = routing(rng, 0, 4096, 1)
     with Recorder(tmp_path / "t.parquet", SHAPE, text=WORDS.__getitem__) as recorder:
-        hear = recorder.listen(1)
+        hear = recorder.listen()
 
         def peak(count: int) -> int:
             for _ in range(count):

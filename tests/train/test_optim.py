@@ -35,7 +35,7 @@ def step(model: Model, chain, seed: int) -> float:
     for one in chain:
         one.step()
         one.zero_grad()
-    return float(total)
+    return total.item()
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])

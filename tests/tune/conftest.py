@@ -80,3 +80,31 @@ def hf_folder(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
         return model, tmp_path / family
 
     return make
+
+
+TALKS = [
+    {"messages": [{"role": "user", "content": f"say {a} {b}"}, {"role": "assistant", "content": f"{b} {a}"}]}
+    for a in "abcd"
+    for b in "wxyz"
+]
+
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory: pytest.TempPathFactory, smollm: tuple[Tokenizer, ChatFormat]) -> Path:
+    """A folder of a tiny random llama that reads and writes SmolLM2's tokens."""
+    torch = pytest.importorskip("torch")
+    from shoal.config import GQAConfig, ModelConfig
+    from shoal.formats.hf_save import save_folder
+    from shoal.model import as_checkpoint, random_model
+
+    tokenizer, chat = smollm
+    folder = tmp_path_factory.mktemp("small") / "llama"
+    config = ModelConfig(
+        model_type="llama", vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        attention=GQAConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=8), max_position_embeddings=256,
+        tie_word_embeddings=True, eos_token_id=tuple(tokenizer.eos_token_ids), initializer_range=0.15,
+    )  # fmt: skip
+    save_folder(as_checkpoint(random_model(config, 0, dtype=torch.float32)), folder)
+    tokenizer.save(folder)
+    chat.save(folder)
+    return folder

@@ -10,8 +10,9 @@ from shoal.formats.chat import chat_from_template
 from shoal.formats.chat_answers import Tokens, encode_answers
 from shoal.formats.chat_deepseek import deepseek_chat
 from shoal.formats.tokenizer import load_tokenizer_json
+from shoal.train.batches import IGNORE
 from shoal.tune.examples import Example
-from shoal.tune.tokens import IGNORED, encode_examples, pack
+from shoal.tune.tokens import encode_examples, pack
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -130,16 +131,16 @@ def test_packed_rows_hold_every_sequence_once():
     assert len(rows) <= 1.1 * sum(len(s.ids) for s in sequences) / 32 + 1
     seen = {}
     for b in range(len(rows)):
-        for document in range(int(rows.documents[b].max()) + 1):
+        for document in range(-1, int(rows.documents[b].max()) + 1):
             where = rows.documents[b] == document
             ids, targets = rows.tokens[b][where].tolist(), rows.targets[b][where].tolist()
             assert np.diff(np.flatnonzero(where)).tolist() == [1] * (len(ids) - 1)
-            if targets == [IGNORED] * len(ids):
+            if targets == [IGNORE] * len(ids):
                 assert ids == [7] * len(ids)
                 continue
             sequence = sequences[ids[0] // 100]
             assert ids == sequence.ids
-            expected = [i if learn else IGNORED for i, learn in zip(ids, sequence.learn, strict=True)]
-            assert targets == [*expected[1:], IGNORED]
+            expected = [i if learn else IGNORE for i, learn in zip(ids, sequence.learn, strict=True)]
+            assert targets == [*expected[1:], IGNORE]
             seen[ids[0]] = True
     assert len(seen) == len(sequences)

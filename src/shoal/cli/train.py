@@ -57,18 +57,18 @@ def run(
     found = find_recipe(recipe)
     settings = override(found.recipe, changes or [])
     if dry_run:
-        _show_recipe(settings if steps is None else replace(settings, steps=max(steps, settings.steps)), as_json)
+        show_recipe(settings if steps is None else replace(settings, steps=max(steps, settings.steps)), as_json)
         return 0
     if out is None:
         raise typer.BadParameter("is needed: the folder for log, checkpoints and model", param_hint="--out")
-    _use_threads()
-    with _Screen() as screen:
+    use_threads()
+    with Screen() as screen:
         outcome = train(settings, out, screen, until=steps, prepare=found.prepare)
     _show_outcome(outcome, out, as_json)
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
-def _use_threads() -> None:
+def use_threads() -> None:
     import torch
 
     from shoal import settings
@@ -78,7 +78,7 @@ def _use_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def _show_recipe(recipe: Recipe, as_json: bool) -> None:
+def show_recipe(recipe: Recipe, as_json: bool) -> None:
     """The settings as `key=value`, ready to be pasted; what follows from them goes to stderr."""
     from shoal.formats.layout import count_active_params, count_params
     from shoal.train.recipe import flatten
@@ -121,7 +121,7 @@ def _short(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-class _Screen:
+class Screen:
     """A bar on a terminal; elsewhere plain lines, ever more seldom the longer the run goes on. All on stderr."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class _Screen:
         self._started = time.monotonic()
         self._last = 0.0
 
-    def __enter__(self) -> _Screen:
+    def __enter__(self) -> Screen:
         return self
 
     def __exit__(self, *_: object) -> None:

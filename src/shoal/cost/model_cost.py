@@ -62,7 +62,7 @@ def params_by_part(config: ModelConfig) -> dict[str, int]:
     """Number of weights by part; parts that the model lacks are left out. A tied head has no weights of its own."""
     counts = dict.fromkeys(PARTS, 0)
     for name, shape in expected_tensors(config).items():
-        counts[_part(config, name)] += math.prod(shape)
+        counts[part_of(config, name)] += math.prod(shape)
     return {part: count for part, count in counts.items() if count}
 
 
@@ -106,7 +106,8 @@ def flops_per_token(config: ModelConfig, *, context: int = 0) -> dict[str, int]:
     return flops
 
 
-def _part(config: ModelConfig, name: str) -> str:
+def part_of(config: ModelConfig, name: str) -> str:
+    """Which of `PARTS` the tensor of this name (`formats.layout`) belongs to."""
     pieces = name.split(".")
     if name == "model.embed_tokens.weight":
         return "embedding"

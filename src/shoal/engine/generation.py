@@ -101,6 +101,8 @@ class Generation:
             decode_seconds=ended - first_at,
             drafted=sequence.drafted,
             accepted=sequence.accepted,
+            queue_seconds=(ended if sequence.started_at is None else sequence.started_at) - sequence.submitted_at,
+            machine_seconds=sequence.machine_seconds,
         )
         # The tail itself may complete a stop string.
         return Chunk(text=text, finish_reason="stop" if self._stops.stopped else finish, stats=stats)

@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 
 from shoal import settings
 from shoal.engine.core import Core, Load
+from shoal.engine.embedding import MAX_EMBEDDING_TOKENS, Embedder
 from shoal.engine.generation import Generation
+from shoal.engine.grammar import Grammars
 from shoal.engine.outputs import Chunk, Completion, TokenLogprob
 from shoal.engine.params import SamplingParams
 from shoal.engine.routing import OnRouting
 from shoal.engine.sampler import Sampler
 from shoal.engine.sequence import Sequence as Running
 from shoal.errors import RequestError
+from shoal.formats.adapter import load_adapter, merge
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
 
 Message = Mapping[str, Any]
@@ -40,6 +43,7 @@ class LLM:
         max_running: most requests that run at once; others wait for their turn.
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
         look_ahead: guess one token ahead with the model's own multi-token-prediction layer, if it has one; the same.
+        adapter: a PEFT folder of a LoRA, merged into the weights as they are packed.
 
     Raises:
         UnknownModelError, FileError, ConfigError: the model cannot be opened, with the reason; one is that it needs
@@ -60,6 +64,8 @@ class LLM:
         max_running: int = 64,
         speculate: int = 0,
         look_ahead: bool = False,
+        adapter: str | Path | None = None,
+        _shared: Mapping[str, Any] | None = None,
     ) -> None:
         _check_range("max_context", max_context, 1, None)
         _check_range("threads", threads, 1, MAX_THREADS)
@@ -67,6 +73,15 @@ class LLM:
         _check_range("max_running", max_running, 1, None)
         _check_range("speculate", speculate, 0, MAX_SPECULATE)
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_resolve(model))
+        self._base = checkpoint
+        if adapter is not None:
+            checkpoint = merge(checkpoint, load_adapter(adapter))
+        self._options: dict[str, Any] = {
+            "max_context": max_context, "threads": threads, "weights": weights, "cache": cache,
+            "activations": activations, "cache_tokens": cache_tokens, "max_running": max_running,
+            "speculate": speculate, "look_ahead": look_ahead,
+        }  # fmt: skip
+        self._checkpoint = checkpoint
         self.path = checkpoint.path
         self.name = (
             model
@@ -83,15 +98,35 @@ class LLM:
         if cache_tokens is None:
             cache_tokens = max(DEFAULT_CACHE_TOKENS, self.max_context) if max_context else DEFAULT_CACHE_TOKENS
         self.max_context = min(self.max_context, cache_tokens)
-        # Called with the number of prompt tokens of each request that is prepared; what it returns hears where the
-        # request's tokens go (`shoal.trace`).
-        self.trace: Callable[[int], OnRouting] | None = None
+        # Called for each request that is prepared; what it returns hears where the request's tokens go (`shoal.trace`).
+        self.trace: Callable[[], OnRouting] | None = None
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
+        known_ids = min(self.tokenizer.vocab_size, self.config.vocab_size)
+        self._grammars = Grammars(self.tokenizer, known_ids, tuple(self._eos))
         self._core = Core(
             checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
-            cache_tokens=cache_tokens, max_running=max_running, known_ids=self.tokenizer.vocab_size,
-            look_ahead=look_ahead,
+            cache_tokens=cache_tokens, max_running=max_running, known_ids=known_ids,
+            look_ahead=look_ahead, shared=_shared,
         )  # fmt: skip
+
+    def with_adapter(self, adapter: str | Path) -> LLM:
+        """The model it was opened from with a LoRA, beside this one: matrices that both have alike are held once.
+
+        Each has a cache of its own. What a matrix costs anew is in `weight_bytes` of the adapted one.
+        """
+        merged = merge(self._base, load_adapter(adapter))
+        changed = tuple(
+            name.removesuffix(".weight")
+            for name, t in merged.tensors.items()
+            if t is not self._checkpoint.tensors[name]
+        )
+        shared = {name: packed for name, packed in self._core.plan.weights.items() if not name.startswith(changed)}
+        return LLM(self._base, adapter=adapter, _shared=shared, **self._options)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights that this model holds and does not share."""
+        return self._core.weight_bytes
 
     # ---- whole answers
 
@@ -157,6 +192,16 @@ class LLM:
         """Sequences that run and wait, and pages of the cache in use."""
         return self._core.load
 
+    @property
+    def cache_tokens(self) -> int:
+        """How many tokens the cache holds, over all sequences."""
+        return self._core.cache_tokens
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What a token takes in the cache, over all layers."""
+        return int(self._core.cache_bytes // self._core.cache_tokens)
+
     # ---- parts that callers also need by themselves
 
     def encode_chat(
@@ -181,6 +226,27 @@ class LLM:
         chunks = self.prepare(self._check_ids(tokens), params, score=True, generate=False).chunks()
         return [entry for chunk in chunks for entry in chunk.logprobs]
 
+    @property
+    def max_embedding(self) -> int:
+        """Most tokens of a text to embed."""
+        return min(self.max_context, MAX_EMBEDDING_TOKENS)
+
+    def embedder(self) -> Embedder:
+        """For `/v1/embeddings`: made anew on each call, over the weights that are loaded."""
+        core = self._core
+        return Embedder(
+            self._checkpoint, core.plan, wide=core.wide, cache_type=core.cache_type, limit=self.max_embedding
+        )
+
+    def embed(self, texts: Sequence[str | Sequence[int]], *, pooling: str = "mean") -> NDArray[np.float32]:
+        """Float32 [texts, D], a vector of length 1 each (`engine.embedding`)."""
+        embedder = self.embedder()
+        rows = []
+        for text in texts:
+            ids = self.tokenizer.encode(text) if isinstance(text, str) else self._check_ids(text)
+            rows += [done.vector for done in embedder.embed(ids, pooling=pooling) if done is not None]
+        return np.array(rows, np.float32).reshape(len(rows), self.config.hidden_size)
+
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Float32 [T, V]: row t scores the token that follows tokens[: t + 1]."""
         sequence = self._sequence(self._check_ids(tokens), SamplingParams(), generate=False)
@@ -197,10 +263,14 @@ class LLM:
     def _sequence(self, prompt: str | Sequence[int], params: SamplingParams, *, generate: bool) -> Running:
         ids = self._prompt_ids(prompt, room=int(generate))
         budget = self.max_context - len(ids) if generate else 0
+        constraint = None
+        if params.grammar is not None:
+            constraint = self._grammars.constraint(params.grammar, params.grammar_after)
+        sampler = Sampler(params, ids, self._core.known_ids, constraint)
         return Running(
-            tokens=ids, prompt_tokens=len(ids), params=params, sampler=Sampler(params, ids, self._core.known_ids),
+            tokens=ids, prompt_tokens=len(ids), params=params, sampler=sampler,
             max_tokens=budget if params.max_tokens is None else min(params.max_tokens, budget), eos=self._eos,
-            draft_length=self.speculate, on_routing=[self.trace(len(ids))] if self.trace is not None else [],
+            draft_length=self.speculate, on_routing=[self.trace()] if self.trace is not None else [],
         )  # fmt: skip
 
     def _prompt_ids(self, prompt: str | Sequence[int], *, room: int) -> list[int]:

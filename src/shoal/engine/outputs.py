@@ -28,6 +28,8 @@ class Stats:
     cached_tokens: int = 0  # of the prompt, taken from the cache of earlier requests
     drafted: int = 0  # tokens guessed ahead, and how many of them the model confirmed
     accepted: int = 0
+    queue_seconds: float = 0.0  # of prompt_seconds, spent waiting for a place
+    machine_seconds: float = 0.0  # of the engine's steps, shared among those who took part by the tokens they brought
 
     @property
     def first_token_seconds(self) -> float:

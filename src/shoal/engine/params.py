@@ -11,6 +11,7 @@ from shoal.errors import RequestError
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
+MAX_GRAMMAR_CHARS = 1 << 18
 BAN = -100.0  # a logit bias of this much forbids the token, as the OpenAI API promises
 
 
@@ -33,6 +34,8 @@ class SamplingParams:
         logit_bias: added to the logits of single tokens, from -100, which forbids a token altogether, to 100.
         routing: report which experts each token went to, as it happens; nothing in models without experts.
         ignore_eos: go on past end-of-text tokens (benchmarks).
+        grammar: what the text must match, in the dialect of `engine.grammar`; it decides where the text may end.
+        grammar_after: the grammar begins behind this token (`</think>`); what comes before it is free.
     """
 
     max_tokens: int | None = None
@@ -49,6 +52,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     routing: bool = False
     ignore_eos: bool = False
+    grammar: str | None = None
+    grammar_after: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -70,6 +75,11 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _whole("logit_bias", token, 0, 1 << 31)
             _number("logit_bias", bias, -100.0, 100.0)
+        if self.grammar is not None:
+            if self.ignore_eos:
+                raise RequestError("ignore_eos", "does not go with a grammar, which decides where the text ends")
+            if len(self.grammar) > MAX_GRAMMAR_CHARS:
+                raise RequestError("grammar", f"at most {MAX_GRAMMAR_CHARS} characters, got {len(self.grammar)}")
 
 
 def _check_stops(stop: tuple[str, ...]) -> None:

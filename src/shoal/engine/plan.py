@@ -8,7 +8,9 @@ Letters: T tokens of a step, D model, N heads, H nope, R rope, C latent, V value
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from shoal.formats.checkpoint import Checkpoint, LazyTensor
 from shoal.formats.layout import EXPERT_PARTS
 from shoal.kernels import native
 
+T = TypeVar("T")
 Moments = dict[str, NDArray[np.float32]]
 PAGE_TOKENS = 64
 LATENT_NORM_EPS = 1e-6  # the published networks use it for q_a and kv_a norms whatever rms_norm_eps says
@@ -35,6 +38,7 @@ class Plan:
     cache_widths: list[int]
     cache_layers: int  # layers that cache: the main ones and, if it guesses ahead, one more
     looks_ahead: bool  # program 1 is the first multi-token-prediction layer
+    weights: dict[str, Any]  # packed matrices by name, for another plan over the same weights
     weight_bytes: int = 0
     step_bytes: int = 0  # what every step of the main network reads: all but routed experts and the embedding's rows
 
@@ -46,6 +50,7 @@ class _Writer:
     scheme: str
     threads: int
     moments: Moments | None = None
+    weights: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
     expert_bytes: int = 0  # of them, routed experts, which a step reads only in part
     buffers: dict[str, int] = field(default_factory=dict)
@@ -63,6 +68,12 @@ class _Writer:
     def config(self) -> ModelConfig:
         return self.checkpoint.config
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What stands under this name already, else what `make` makes."""
+        if name not in self.weights:
+            self.weights[name] = make()
+        return self.weights[name]  # type: ignore[no-any-return]
+
     def buffer(self, name: str, cols: int) -> int:
         """A buffer shared by all layers under its name."""
         if name not in self.buffers:
@@ -70,14 +81,17 @@ class _Writer:
         return self.buffers[name]
 
     def matrix(self, name: str) -> native.Packed:
-        tensor = self.checkpoint.tensors[name]
-        return self.packed(tensor)
+        return self.once(name, lambda: self.packed(self.checkpoint.tensors[name]))
 
     def packed(self, tensor: LazyTensor) -> native.Packed:
         packed = pack_tensor(tensor, packing_for(tensor, self.scheme), self.threads)
         self.weight_bytes += packed.nbytes
         if ".mlp.experts." in tensor.name:
             self.expert_bytes += packed.nbytes
+        return packed
+
+    def added(self, packed: native.Packed) -> native.Packed:
+        self.weight_bytes += packed.nbytes
         return packed
 
     def array(self, name: str) -> NDArray[np.float32]:
@@ -95,6 +109,8 @@ def write_plan(
     wide: bool = False,
     look_ahead: bool = False,
     moments: Moments | None = None,
+    states_of: Plan | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Pack the weights and write the operations of one forward pass.
 
@@ -104,6 +120,9 @@ def write_plan(
         look_ahead: also write the first multi-token-prediction layer, if the model has one, as program 1.
         moments: a dictionary to fill: by name of a matrix [rows, cols] or stack [count, rows, cols], an array
             [count, cols + 1] to which every step adds the squares of each input column and, last, the number of inputs.
+        states_of: a plan of the same checkpoint whose weights this one shares; in place of logits it gives the states
+            after the final norm [T, D], exactly, as a head that is the identity does.
+        weights: packed matrices of another plan that are this one's too, by `Plan.weights`' names.
     """
     checkpoint.check_complete()
     config = checkpoint.config
@@ -112,10 +131,16 @@ def write_plan(
             "mlp_bias", "is true, which the engine does not support: its feed-forward layers add no biases"
         )
     engine = native.Engine(threads, wide, wide)
-    out = _Writer(checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments)
+    out = _Writer(
+        checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments,
+        weights=dict(weights or {}) if states_of is None else states_of.weights,
+    )  # fmt: skip
     hidden = out.buffer("hidden", config.hidden_size)
     table = out.matrix("model.embed_tokens.weight")
-    head = table if config.tie_word_embeddings else out.matrix("lm_head.weight")
+    if states_of is not None:
+        head = pack_array(np.eye(config.hidden_size, dtype=np.float32), "f32")
+    else:
+        head = table if config.tie_word_embeddings else out.matrix("lm_head.weight")
     final_norm = out.array("model.norm.weight")
     out.engine.embed(table, hidden)
     _write_rope_table(out)
@@ -133,6 +158,7 @@ def write_plan(
         cache_widths=cache_widths(config),
         cache_layers=config.num_hidden_layers + looks_ahead,
         looks_ahead=looks_ahead,
+        weights=out.weights,
         weight_bytes=out.weight_bytes,
         step_bytes=step_bytes,
     )
@@ -209,7 +235,7 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
         layer, query, heads, nope, rope, latent, compressed, out.array(f"{prefix}kv_a_layernorm.weight"),
         LATENT_NORM_EPS, out.buffers["cosines"], out.buffers["sines"], config.rope.interleave,
     )  # fmt: skip
-    up_keys, up_values = _absorbed(out, mla, f"{prefix}kv_b_proj.weight")
+    up_keys, up_values = out.once(f"{prefix}kv_b_proj.weight", lambda: _absorbed(out, mla, f"{prefix}kv_b_proj.weight"))
     in_latent, weighted = out.buffer("query_latent", heads * latent), out.buffer("weighted", heads * latent)
     values = out.buffer("values", heads * mla.v_head_dim)
     out.engine.head_linear(up_keys, query, 0, mla.qk_head_dim, in_latent, 0, latent)
@@ -294,8 +320,7 @@ def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
         if experts.n_shared_experts
         else []
     )
-    router = pack_array(out.array(f"{prefix}gate.weight"), "f32")
-    out.weight_bytes += router.nbytes
+    router = out.once(f"{prefix}gate.weight", lambda: out.added(pack_array(out.array(f"{prefix}gate.weight"), "f32")))
     routing = {
         "num_experts_per_tok": experts.num_experts_per_tok,
         "n_group": 1 if experts.topk_method == "greedy" else experts.n_group,

@@ -34,6 +34,7 @@ class Routing:
 
     Attributes:
         first: position of the first of them.
+        prompt_tokens: positions from here on are the answer's.
         tokens: their ids.
         experts_LTK: picked experts, best first, of each layer in `routed_layers`.
         weights_LTK: the factors of their outputs, scaling included.
@@ -41,6 +42,7 @@ class Routing:
     """
 
     first: int
+    prompt_tokens: int
     tokens: tuple[int, ...]
     experts_LTK: Ids
     weights_LTK: Floats

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.engine.grammar import Constraint
 from shoal.engine.params import BAN, SamplingParams
 from shoal.errors import RequestError, ShoalError
 
@@ -18,10 +19,13 @@ Floats = NDArray[np.float32]
 
 
 class Sampler:
-    """One request's state: its random stream and the counts that penalties need."""
+    """One request's state: its random stream, the counts that penalties need, and its place in a grammar."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, constraint: Constraint | None = None
+    ) -> None:
         self._params = params
+        self._constraint = constraint
         self._rng = np.random.Generator(np.random.Philox(_seed(params.seed)))
         penalised = params.presence_penalty or params.frequency_penalty
         self._counts_V = np.zeros(vocab_size, np.int32) if penalised else None
@@ -37,11 +41,16 @@ class Sampler:
         if (bias == BAN).sum() == vocab_size:
             raise RequestError("logit_bias", "forbids every token")
 
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete by its grammar."""
+        return self._constraint is not None and self._constraint.finished
+
     def choose(self, logits_V: Floats) -> int:
         """Draw one token. `logits_V` is float32 [V] and left unchanged; −inf marks tokens that may not be chosen.
 
         Raises:
-            RequestError: the request's own bias leaves no token to choose.
+            RequestError: the request's own bias or grammar leaves no token to choose.
             ShoalError: the logits are not numbers, or all −inf.
         """
         adjusted_V = self._adjust(logits_V)
@@ -58,14 +67,21 @@ class Sampler:
             self._counts_V[token] += 1
         if self._seen_V is not None:
             self._seen_V[token] = True
+        if self._constraint is not None:
+            self._constraint.accept(token)
         return token
 
     def _no_choice(self, logits_V: Floats) -> ShoalError:
-        if np.isinf(self._bias).any() and math.isfinite(logits_V.max()):
-            return RequestError("logit_bias", "leaves no token to choose")
+        if math.isfinite(logits_V.max()):
+            if np.isinf(self._bias).any():
+                return RequestError("logit_bias", "leaves no token to choose")
+            if self._constraint is not None:
+                return RequestError("grammar", "leaves no token of this model's vocabulary to choose")
         return ShoalError("the model's scores for the next token are not finite; its weights may be damaged")
 
     def _adjust(self, logits_V: Floats) -> Floats:
+        if self._constraint is not None:
+            logits_V = self._constraint.restrict(logits_V)
         if self._counts_V is None and self._seen_V is None and not self._bias_ids.size:
             return logits_V
         params = self._params

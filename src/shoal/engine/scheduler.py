@@ -7,6 +7,7 @@ its tokens are kept, so it continues later as if nothing had happened. The oldes
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -180,6 +181,8 @@ class Scheduler:
         sequence.pages = shared + fresh
         sequence.published = len(shared)
         sequence.computed = len(shared) * PAGE_TOKENS
+        if sequence.started_at is None:
+            sequence.started_at = time.perf_counter()
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.computed
         return True

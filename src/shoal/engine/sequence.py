@@ -39,8 +39,8 @@ class Sequence:
             the prompt in order and each position once; the array is overwritten by the next step.
         on_routing: each is called with where tokens went, prompt and answer in order and each token once. Tokens that
             came from the cache, and an answer's last one, which nothing reads, are left out.
-        finish: None while it runs, then `stop` (an end-of-text token, which is not among the outputs), `length`, or
-            `error`, with `error` set.
+        finish: None while it runs, then `stop` (an end-of-text token, which is not among the outputs, or the end of its
+            grammar), `length`, or `error`, with `error` set.
         cancelled: nobody waits for it any more.
     """
 
@@ -66,7 +66,9 @@ class Sequence:
     error: Exception | None = None
     cancelled: bool = False
     submitted_at: float = 0.0
+    started_at: float | None = None  # when it first left the queue
     first_at: float | None = None
+    machine_seconds: float = 0.0  # its share of the steps that it took part in, by rows
     drafted: int = 0
     accepted: int = 0
     preempted: int = 0  # how often it gave its pages back and had to wait
@@ -134,6 +136,9 @@ class Sequence:
             return False
         self.tokens.append(produced.token)
         self.outputs.append(produced)
+        if self.sampler.finished:
+            self.finish = "stop"
+            return False
         if self.produced >= self.max_tokens:
             self.finish = "length"
             return False

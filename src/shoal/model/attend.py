@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.model.blocked import attend_in_blocks
+
 
 def attention_mask(num_query: int, num_cached: int, documents_BT: Tensor | None, device: torch.device) -> Tensor | None:
     """Which keys each query may see; True means visible. [T, S] or, with documents, [B, 1, T, S].
@@ -37,6 +39,9 @@ def causal_mask(num_query: int, num_cached: int, device: torch.device) -> Tensor
 def attend(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale · q kᵀ) v over what `mask` shows, [B, T, N, V]. Key heads, if fewer, are shared in order."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
+    if trains_on_cpu(q, k):
+        out_BNTV = attend_in_blocks(q, k, v, None if mask is None else mask.flatten(0, -3), scale)
+        return out_BNTV.transpose(1, 2)
     out_BNTV = F.scaled_dot_product_attention(
         q,
         k,
@@ -47,3 +52,11 @@ def attend(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNV: Tensor, mask: Tensor | None, 
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out_BNTV.transpose(1, 2)
+
+
+def trains_on_cpu(q_BNTH: Tensor, k_BNSH: Tensor) -> bool:
+    """Whether this is the case that `blocked` is for: a CPU, 16-bit types, gradients, and whole rows."""
+    wanted = torch.is_grad_enabled() and q_BNTH.requires_grad
+    return (
+        wanted and q_BNTH.device.type == "cpu" and q_BNTH.dtype.itemsize == 2 and q_BNTH.shape[:3] == k_BNSH.shape[:3]
+    )

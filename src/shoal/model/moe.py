@@ -2,13 +2,15 @@
 
 The router scores every expert for every token, picks K, and returns the picks as plain values, so that training can add
 its balance losses and tracing can record them. The experts of a layer are stacked tensors [E, F, D]; tokens are sorted
-by expert, so each expert reads its weights once. Every pick is computed: there is no capacity and nothing is dropped.
+by expert, so each expert reads its weights once: on a GPU in grouped products, elsewhere one expert after another
+(`grouped`). Every pick is computed: there is no capacity and nothing is dropped.
 
 Shapes: T tokens (batch and time flattened), D model, E experts, K active experts, G groups, F hidden, X = T · K picks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import MoEConfig
+from shoal.model.grouped import experts_in_turn
 from shoal.model.mlp import MLP
+from shoal.model.precision import product_type
 
 
 class Routing(NamedTuple):
@@ -110,45 +114,39 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Σ over a token's picks of weight · expert(x). Summed in float32 or wider, in a fixed order. [T, D]."""
-        num_picks = routing.indices_TK.shape[-1]
-        expert_X = routing.indices_TK.flatten()
-        order_X = expert_X.argsort(stable=True)
-        counts_E = expert_X.bincount(minlength=self.num_experts)
-        out_XD = self.run(x_TD[order_X // num_picks], counts_E)
-        back_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X), device=order_X.device))
-        out_TKD = out_XD[back_X].view(-1, num_picks, x_TD.shape[-1])
-        return (out_TKD * routing.weights_TK[..., None]).sum(1).to(x_TD.dtype)
-
-    def run(self, sorted_XD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert, `counts_E` of them for each, through their experts. [X, D]."""
-        grouped = can_group(sorted_XD, self.gate_proj.weight)
-        return self.run_grouped(sorted_XD, counts_E) if grouped else self.run_loop(sorted_XD, counts_E)
-
-    def run_loop(self, sorted_XD: Tensor, counts_E: Tensor) -> Tensor:
-        """Each expert that was picked, on its run of rows. Works for every type and size."""
-        # unbind rather than weight[e]: its gradient is one stack, not one whole-tensor sum for every expert.
-        stacks = zip(*(part.weight.unbind(0) for part in (self.gate_proj, self.up_proj, self.down_proj)), strict=True)
-        outputs = []
-        for rows, (gate_FD, up_FD, down_DF) in zip(torch.split(sorted_XD, counts_E.tolist()), stacks, strict=True):
-            if len(rows):
-                outputs.append(F.linear(F.silu(F.linear(rows, gate_FD)) * F.linear(rows, up_FD), down_DF))
-        return torch.cat(outputs) if outputs else torch.empty_like(sorted_XD)
+        if can_group(x_TD, self.gate_proj.weight):
+            return in_expert_order(x_TD.to(torch.bfloat16), routing, self.num_experts, self.run_grouped)
+        weights = (part.weight for part in (self.gate_proj, self.up_proj, self.down_proj))
+        return experts_in_turn(x_TD, routing.weights_TK, routing.indices_TK, *weights)
 
     def run_grouped(self, sorted_XD: Tensor, counts_E: Tensor) -> Tensor:
         """All experts in three grouped products, without waiting for the counts on the host."""
         ends_E = counts_E.cumsum(0).to(torch.int32)
 
         def linear(rows: Tensor, part: StackedLinear) -> Tensor:
-            return F.grouped_mm(rows, part.weight.transpose(1, 2), offs=ends_E)
+            return F.grouped_mm(rows, part.weight.to(rows.dtype).transpose(1, 2), offs=ends_E)
 
         hidden_XF = F.silu(linear(sorted_XD, self.gate_proj)) * linear(sorted_XD, self.up_proj)
         return linear(hidden_XF, self.down_proj)
 
 
-def can_group(rows_XD: Tensor, weight_EFD: Tensor) -> bool:
+def in_expert_order(
+    x_TD: Tensor, routing: Routing, num_experts: int, run: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Sort picks by expert, `run` the rows [X, D] of which each expert has counts_E, weigh and sum what comes out."""
+    num_picks = routing.indices_TK.shape[-1]
+    expert_X = routing.indices_TK.flatten()
+    order_X = expert_X.argsort(stable=True)
+    out_XD = run(x_TD[order_X // num_picks], expert_X.bincount(minlength=num_experts))
+    back_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X), device=order_X.device))
+    out_TKD = out_XD[back_X].view(-1, num_picks, x_TD.shape[-1])
+    return (out_TKD * routing.weights_TK[..., None]).sum(1).to(x_TD.dtype)
+
+
+def can_group(x_TD: Tensor, weight_EFD: Tensor) -> bool:
     """Whether grouped products apply: on a GPU, in bfloat16, with rows of whole 16-byte units."""
     aligned = all(size % 8 == 0 for size in weight_EFD.shape[1:])
-    return rows_XD.is_cuda and rows_XD.dtype == weight_EFD.dtype == torch.bfloat16 and aligned
+    return x_TD.is_cuda and product_type(x_TD) == torch.bfloat16 and aligned
 
 
 class MoE(nn.Module):

@@ -16,8 +16,11 @@ import shoal
 from shoal.errors import ShoalError
 from shoal.server.errors import ApiError, handle_crash, handle_error, json_response
 from shoal.server.guard import LOOPBACK, Guard
+from shoal.server.page.routes import page_routes
 from shoal.server.routes_chat import chat_completions
 from shoal.server.routes_completions import completions
+from shoal.server.routes_embeddings import embeddings
+from shoal.server.routes_tokens import detokenize, tokenize
 from shoal.server.service import Service, service_of
 
 
@@ -37,15 +40,20 @@ def create_app(service: Service, *, hosts: frozenset[str] | None = LOOPBACK, api
             yield
         finally:
             service.worker.stop()
+            service.grammars.close()
 
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/embeddings", embeddings, methods=["POST"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/version", version, methods=["GET"]),
+            *page_routes(),
         ],
         middleware=[Middleware(Guard, hosts=hosts, api_key=api_key)],
         exception_handlers={

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal.server.errors import ApiError
+from shoal.server.page.routes import OPEN_PATHS
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -22,7 +23,8 @@ class Guard:
 
     Args:
         hosts: the names that a Host header may carry; None allows any (a server for a network).
-        api_key: what every request but `/health` must carry as `Authorization: Bearer …`; None asks for nothing.
+        api_key: what every request but `/health` and the page's files must carry as `Authorization: Bearer …`; None
+            asks for nothing.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None = LOOPBACK, api_key: str | None = None) -> None:
@@ -45,7 +47,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and _netloc(origin) != host.lower():
             return ApiError(403, "requests from pages of another origin are refused", code="cross_origin")
-        if self._api_key is not None and path != "/health":
+        if self._api_key is not None and path != "/health" and path not in OPEN_PATHS:
             kind, _, key = headers.get("authorization", "").partition(" ")
             # In constant time, and over bytes: headers come decoded as Latin-1, whatever they hold.
             if kind.lower() != "bearer" or not hmac.compare_digest(key.encode("latin-1"), self._api_key.encode()):

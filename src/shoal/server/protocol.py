@@ -1,36 +1,25 @@
-"""The OpenAI request types, apart from HTTP.
+"""The OpenAI request types, apart from HTTP: what chat and plain completions share.
 
-Types are strict (no `"1"` for 1, no `true` for 1) and unknown fields are ignored, as the OpenAI servers do. Ranges of
-the sampling settings are checked in one place, `engine.SamplingParams`; known fields that Shoal cannot honour are
+Types are strict (no `"1"` for 1, no `true` for 1) and unknown fields are ignored, as the OpenAI servers do. Bounds
+stand here for `/openapi.json` and once more in `engine.SamplingParams`; known fields that Shoal cannot honour are
 refused rather than ignored.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from shoal.engine import SamplingParams
+from shoal.engine.params import MAX_STOP_CHARS, MAX_STOPS
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import GenerationDefaults
 
 MAX_CHOICES = 8
-MAX_SEQUENCES = 256  # prompts × choices of one request
 MAX_TOP_LOGPROBS = 20
-COMPLETION_DEFAULT_TOKENS = 16  # what the OpenAI API gives where a completion names no limit
-
-
-def _check_prompt(value: Any) -> Any:
-    if isinstance(value, str) or _is_ids(value):
-        return value
-    if isinstance(value, list) and value and (all(isinstance(v, str) for v in value) or all(map(_is_ids, value))):
-        return value
-    raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+MAX_WHOLE = (1 << 31) - 1
 
 
 def _check_stop(value: Any) -> Any:
@@ -41,68 +30,106 @@ def _check_stop(value: Any) -> Any:
     raise ValueError("must be a string or a list of strings")
 
 
-def _flatten_content(value: Any) -> Any:
-    """A list of text parts is the text they spell; Shoal's chat formats take plain text."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of content parts")
-    texts: list[str] = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f"holds a part of type {str(kind)[:40]!r}; this model reads parts of type 'text' only")
-        texts.append(part["text"])
-    return "".join(texts)
+_STOP_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+Stop = Annotated[
+    str | list[str] | None,
+    BeforeValidator(_check_stop),
+    WithJsonSchema(
+        {"anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}, {"type": "null"}]}
+    ),
+]
+Biases = Annotated[
+    dict[str, float] | None,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 
 
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
-Stop = Annotated[str | list[str] | None, BeforeValidator(_check_stop)]
-Content = Annotated[str | None, BeforeValidator(_flatten_content)]
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, populate_by_name=True)
+
+    def check_supported(self) -> None:
+        """Raise RequestError for what the types alone cannot tell."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Message(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = None
+class JsonSchemaFormat(Body):
     name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's formats, and two more: `{"type": "regex", "pattern": …}` and `{"type": "grammar", "grammar": …}`."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")  # llama-server's short form
+    pattern: str | None = None
+    grammar: str | None = None
 
     @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("needs content")
+    def _is_whole(self) -> ResponseFormat:
+        schema = self.schema_ if self.json_schema is None else self.json_schema.schema_
+        needed = {"json_schema": schema, "regex": self.pattern, "grammar": self.grammar}
+        if self.type in needed and needed[self.type] is None:
+            raise ValueError(f"of type {self.type} needs {'pattern' if self.type == 'regex' else self.type}")
         return self
 
 
-class SamplingRequest(_Body):
+class StructuredOutputs(Body):
+    """vLLM's way of asking for the same; one of them."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = Field(default=None, min_length=1)
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        given = (self.json_, self.regex, self.choice, self.grammar, self.json_object or None)
+        if sum(item is not None for item in given) != 1:
+            raise ValueError("needs exactly one of json, regex, choice, grammar and json_object")
+        return self
+
+
+class SamplingRequest(Body):
     """What chat and plain completions share. Fields left out take the model's own recommendation."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_WHOLE)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=MAX_WHOLE)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
+    logit_bias: Biases = None
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stop: Stop = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     ignore_eos: bool | None = None
+    routing: bool | None = None  # Shoal's own: see server.routing
     best_of: int | None = None
     user: str | None = None
 
@@ -115,25 +142,31 @@ class SamplingRequest(_Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check_supported(self) -> None:
-        """Raise RequestError for a known field whose meaning Shoal cannot give."""
         if self.best_of is not None and self.best_of != self.num_choices:
             raise RequestError("best_of", "is not supported; ask for n choices", code="unsupported_parameter")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options", "goes with stream: true only")
+        if self.routing and not self.stream:
+            raise RequestError("routing", "goes with stream: true only")
 
     def sampling(
-        self, defaults: GenerationDefaults, *, max_tokens: int | None, logprobs: int | None, choice: int = 0
+        self,
+        defaults: GenerationDefaults,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        choice: int = 0,
+        grammar: str | None = None,
+        grammar_after: int | None = None,
     ) -> SamplingParams:
         """The engine's parameters of choice number `choice`; each choice of a seeded request has its own seed."""
         given: dict[str, Any] = {}
         for name in ("temperature", "top_p", "top_k", "min_p"):
             asked = getattr(self, name)
             given[name] = getattr(defaults, name) if asked is None else asked
-        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"):
+        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos", "routing"):
             given[name] = getattr(self, name)
         if self.seed is not None:
-            if not -(1 << 63) <= self.seed < 1 << 63:
-                raise RequestError("seed", f"must fit 64 bits, got {self.seed}")
             given["seed"] = self.seed if choice == 0 else (self.seed + choice) % (1 << 63)
         if self.logit_bias:
             given["logit_bias"] = _token_biases(self.logit_bias)
@@ -142,80 +175,15 @@ class SamplingRequest(_Body):
         elif self.stop == "":
             raise RequestError("stop", "must be non-empty strings")
         given = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+        return SamplingParams(
+            max_tokens=max_tokens, logprobs=logprobs, grammar=grammar, grammar_after=grammar_after, **given
+        )
 
 
-class ChatRequest(SamplingRequest):
-    """POST /v1/chat/completions."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
-    audio: Any = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    def check_supported(self) -> None:
-        super().check_supported()
-        if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs", "needs logprobs: true")
-        for name in ("tools", "functions", "audio"):
-            if getattr(self, name):
-                raise RequestError(name, "is not supported", code="unsupported_parameter")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise RequestError("tool_choice", "is not supported", code="unsupported_parameter")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise RequestError("response_format", "only type 'text' is supported", code="unsupported_parameter")
-        if self.modalities is not None and self.modalities != ["text"]:
-            raise RequestError("modalities", "only ['text'] is supported", code="unsupported_parameter")
+BodyT = TypeVar("BodyT", bound=Body)
 
 
-class CompletionRequest(SamplingRequest):
-    """POST /v1/completions."""
-
-    prompt: Prompt
-    max_tokens: int | None = COMPLETION_DEFAULT_TOKENS
-    echo: bool | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    suffix: str | None = None
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """One prompt or several, each a text or a list of token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
-
-    def check_supported(self) -> None:
-        super().check_supported()
-        if self.suffix:
-            raise RequestError("suffix", "is not supported", code="unsupported_parameter")
-        if self.max_tokens == 0 and not self.echo:
-            raise RequestError("max_tokens", "must be at least 1 unless the prompt is echoed")
-        count = len(self.prompts) * self.num_choices
-        if count > MAX_SEQUENCES:
-            raise RequestError("prompt", f"asks for {count} texts at once; the most is {MAX_SEQUENCES}")
-
-
-RequestT = TypeVar("RequestT", bound=SamplingRequest)
-
-
-def parse_request(kind: type[RequestT], body: Any) -> RequestT:
+def parse_request(kind: type[BodyT], body: Any) -> BodyT:
     """Check a decoded JSON body. Raises RequestError naming the first field at fault."""
     if not isinstance(body, dict):
         raise RequestError(None, "the body must be a JSON object", code="invalid_json")
@@ -229,7 +197,9 @@ def parse_request(kind: type[RequestT], body: Any) -> RequestT:
 
 def _explain(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_input=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
+    # A union's branches stand in the path too, by the names of their types.
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"(?!str$|bool$)[a-z_]+", part)]
+    param = ".".join(path)[:200] or None
     if first["type"] == "missing":
         return RequestError(param, "is required", code="missing_required_parameter")
     problem = first["msg"].removeprefix("Value error, ")
@@ -237,7 +207,6 @@ def _explain(error: ValidationError) -> RequestError:
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in biases.items()}
-    except ValueError:
-        raise RequestError("logit_bias", "keys must be token ids") from None
+    if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in biases):
+        raise RequestError("logit_bias", "keys must be token ids")
+    return {int(token): bias for token, bias in biases.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+from dataclasses import dataclass
 from typing import Any
 
 import anyio.to_thread
@@ -10,10 +12,24 @@ from starlette.responses import Response
 
 from shoal.engine import LLM, Chunk, Generation, Stats, TokenLogprob
 from shoal.errors import RequestError
-from shoal.formats.reasoning import ReasoningSplitter
+from shoal.formats.reasoning import CLOSE, ReasoningSplitter
+from shoal.formats.tools import ToolParser, ToolSyntax, describe_tools, takes_tools, tool_syntax
 from shoal.server.body import read_json
-from shoal.server.protocol import ChatRequest, Message, parse_request
-from shoal.server.service import service_of, shown_logprob, token_text, usage, whole_answer
+from shoal.server.constraints import format_constraint, tool_constraint
+from shoal.server.protocol import parse_request
+from shoal.server.protocol_chat import ChatRequest, Message, Tool
+from shoal.server.routing import with_routing
+from shoal.server.service import (
+    Service,
+    checked_grammar,
+    naming,
+    service_of,
+    shown_logprob,
+    timings,
+    token_text,
+    usage,
+    whole_answer,
+)
 from shoal.server.sse import EventStream
 from shoal.server.worker import Piece
 
@@ -22,38 +38,64 @@ TEMPLATE_SWITCHES = ("thinking", "enable_thinking")
 FIELDS = {"reasoning": "reasoning_content", "content": "content"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What `_prepare` found out: a generation for each choice, none started; whether they begin in the middle of
+    reasoning; how the model writes calls, if it may."""
+
+    generations: list[Generation]
+    in_reasoning: bool
+    syntax: ToolSyntax | None
+
+
 async def chat_completions(request: Request) -> Response:
     body = parse_request(ChatRequest, await read_json(request))
     service = service_of(request)
     llm = service.engine_for(body.model)
-    generations, in_reasoning = await anyio.to_thread.run_sync(_prepare, llm, body)
-    results = service.worker.submit(generations)
-    kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    reply = _Reply(service.head("chatcmpl", kind), body, in_reasoning)
+    plan = await anyio.to_thread.run_sync(_prepare, service, llm, body)
+    results = service.worker.submit(plan.generations)
+    reply = _Reply(service, body, plan)
     if body.stream:
-        return EventStream(results, reply.events)
+        return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
 
 
-def _prepare(llm: LLM, body: ChatRequest) -> tuple[list[Generation], bool]:
-    """A generation for each choice, none started, and whether they begin in the middle of reasoning.
-
-    Runs in a thread, as a long prompt would stall every other client. Everything that can be wrong with the request
-    shows here, before a queue or a stream is entered.
-    """
-    messages = [_plain(message) for message in body.messages]
-    ids = llm.encode_chat(messages, options=_options(body))
+def _prepare(service: Service, llm: LLM, body: ChatRequest) -> _Plan:
+    """Runs in a thread, as a long prompt would stall every other client. Everything that can be wrong with the request
+    shows here, before a queue or a stream is entered."""
+    tools = body.offered_tools
+    ids = chat_ids(llm, body.messages, tools, _options(body))
+    assert llm.chat_format is not None  # chat_ids has seen to that
+    syntax = tool_syntax(llm.chat_format.template_source) if tools else None
+    in_reasoning = llm.chat_format.starts_in_reasoning(llm.tokenizer, ids)
+    constraint = format_constraint(body)
+    if syntax is not None:
+        calls = tool_constraint(body, syntax, llm.tokenizer)
+        if calls is not None and constraint is not None:
+            raise RequestError("tool_choice", f"does not go with {constraint[0].partition('.')[0]}")
+        constraint = calls or constraint
+    grammar = checked_grammar(service, constraint)
+    after = llm.tokenizer.token_id(CLOSE) if in_reasoning and grammar is not None else None
     generations = []
-    for choice in range(body.num_choices):
-        params = body.sampling(llm.generation, max_tokens=body.token_limit, logprobs=body.num_logprobs, choice=choice)
-        try:
+    with naming({"prompt": "messages", **({"grammar": constraint[0]} if constraint else {})}):
+        for choice in range(body.num_choices):
+            params = body.sampling(
+                llm.generation, max_tokens=body.token_limit, logprobs=body.num_logprobs, choice=choice,
+                grammar=grammar, grammar_after=after,
+            )  # fmt: skip
             generations.append(llm.prepare(ids, params))
-        except RequestError as error:
-            if error.param != "prompt":
-                raise
-            raise RequestError("messages", str(error).removeprefix("prompt: "), code=error.code) from None
-    assert llm.chat_format is not None  # encode_chat has seen to that
-    return generations, llm.chat_format.starts_in_reasoning(llm.tokenizer, ids)
+    return _Plan(generations=generations, in_reasoning=in_reasoning, syntax=syntax)
+
+
+def chat_ids(llm: LLM, messages: list[Message], tools: list[Tool], options: dict[str, bool]) -> list[int]:
+    """Token ids of a conversation; tools are described in words where the model's template has no place for them."""
+    plain = [_plain(message) for message in messages]
+    described = [tool.model_dump(exclude_none=True) for tool in tools]
+    if llm.chat_format is not None and not takes_tools(llm.chat_format.template_source):
+        if described or any(message.tool_calls or message.role == "tool" for message in messages):
+            plain = describe_tools(plain, described)
+        described = []
+    return llm.encode_chat(plain, tools=described or None, options=options)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -75,40 +117,76 @@ def _options(body: ChatRequest) -> dict[str, bool]:
 class _Choice:
     """One answer as it grows."""
 
-    def __init__(self, in_reasoning: bool) -> None:
-        self.splitter = ReasoningSplitter(in_reasoning)
+    def __init__(self, plan: _Plan) -> None:
+        self.splitter = ReasoningSplitter(plan.in_reasoning)
+        self.parser = ToolParser(plan.syntax) if plan.syntax is not None else None
         self.parts: dict[str, list[str]] = {"reasoning": [], "content": []}
+        self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
         self.stats: Stats | None = None
+        self.reasoning_tokens = 0
 
     def add(self, chunk: Chunk) -> dict[str, Any]:
         """Take a chunk in; the delta that it makes, which may be empty."""
         pieces = self.splitter.push(chunk.text)
-        if chunk.finish_reason is not None:
+        last = chunk.finish_reason is not None
+        if last:
             pieces += self.splitter.flush()
-            self.finish_reason, self.stats = chunk.finish_reason, chunk.stats
-        self.logprobs.extend(_logprob(entry) for entry in chunk.logprobs)
+        self.reasoning_tokens += self.splitter.in_reasoning * len(chunk.token_ids)
         delta: dict[str, Any] = {}
         for part, text in pieces:
-            self.parts[part].append(text)
-            field = FIELDS[part]
-            delta[field] = delta.get(field, "") + text
+            if part == "content" and self.parser is not None:
+                self._add_parsed(self.parser.push(text), delta)
+            else:
+                self._add_text(part, text, delta)
+        if last:
+            if self.parser is not None:
+                self._add_parsed(self.parser.flush(), delta)
+            self.finish_reason, self.stats = chunk.finish_reason, chunk.stats
+            if self.calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        self.logprobs.extend(_logprob(entry) for entry in chunk.logprobs)
         return delta
+
+    def _add_text(self, part: str, text: str, delta: dict[str, Any]) -> None:
+        self.parts[part].append(text)
+        field = FIELDS[part]
+        delta[field] = delta.get(field, "") + text
+
+    def _add_parsed(self, pieces: list[tuple[str, int, str]], delta: dict[str, Any]) -> None:
+        for kind, index, text in pieces:
+            if kind == "text":
+                self._add_text("content", text, delta)
+                continue
+            news: dict[int, dict[str, Any]] = {call["index"]: call for call in delta.setdefault("tool_calls", [])}
+            if kind == "name":
+                call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+                self.calls.append({**call, "function": {"name": text, "arguments": ""}})
+                delta["tool_calls"].append({"index": index, **call, "function": {"name": text, "arguments": ""}})
+                continue
+            self.calls[index]["function"]["arguments"] += text
+            if index in news:
+                news[index]["function"]["arguments"] += text
+            else:
+                delta["tool_calls"].append({"index": index, "function": {"arguments": text}})
 
 
 class _Reply:
     """The answer to one request: events for a stream, one body otherwise."""
 
-    def __init__(self, head: dict[str, Any], request: ChatRequest, in_reasoning: bool) -> None:
-        self._head = head
-        self._in_reasoning = in_reasoning
+    def __init__(self, service: Service, request: ChatRequest, plan: _Plan) -> None:
+        self._service = service
+        self._head = service.head("chatcmpl", "chat.completion.chunk" if request.stream else "chat.completion")
+        self._plan = plan
         self._request = request
         self._choices: dict[int, _Choice] = {}
 
     def add(self, piece: Piece) -> dict[str, Any]:
         index, chunk = piece
-        return self._choices.setdefault(index, _Choice(self._in_reasoning)).add(chunk)
+        if index not in self._choices:
+            self._choices[index] = _Choice(self._plan)
+        return self._choices[index].add(chunk)
 
     def body(self) -> dict[str, Any]:
         choices = []
@@ -117,6 +195,8 @@ class _Reply:
             message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
             if reasoning:
                 message["reasoning_content"] = reasoning
+            if choice.calls:
+                message |= {"content": content or None, "tool_calls": choice.calls}
             choices.append(
                 {
                     "index": index,
@@ -125,7 +205,7 @@ class _Reply:
                     "finish_reason": choice.finish_reason,
                 }
             )
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return {**self._head, "choices": choices, **self._counts()}
 
     def events(self, piece: Piece) -> list[dict[str, Any]]:
         index, chunk = piece
@@ -133,13 +213,16 @@ class _Reply:
         if index not in self._choices:
             out.append(self._event(index, {"role": "assistant", "content": ""}))
         delta = self.add(piece)
-        logprobs = self._logprobs([_logprob(entry) for entry in chunk.logprobs])
         if delta or chunk.logprobs:
+            logprobs = self._logprobs([_logprob(entry) for entry in chunk.logprobs])
             out.append(self._event(index, delta, logprobs=logprobs))
         if chunk.finish_reason is not None:
-            out.append(self._event(index, {}, finish_reason=chunk.finish_reason))
-            if self._request.include_usage and self._all_finished():
-                out.append({**self._head, "choices": [], "usage": self._usage()})
+            out.append(self._event(index, {}, finish_reason=self._choices[index].finish_reason))
+            if self._all_finished():
+                counts = self._counts()
+                out[-1]["timings"] = counts["timings"]
+                if self._request.include_usage:
+                    out.append({**self._head, "choices": [], **counts})
         return out
 
     def _all_finished(self) -> bool:
@@ -156,9 +239,14 @@ class _Reply:
     def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
         return {"content": entries, "refusal": None} if self._request.logprobs else None
 
-    def _usage(self) -> dict[str, int]:
-        stats = [choice.stats for _, choice in sorted(self._choices.items()) if choice.stats is not None]
-        return usage(stats, choices_per_prompt=self._request.num_choices)
+    def _counts(self) -> dict[str, Any]:
+        choices = [choice for _, choice in sorted(self._choices.items())]
+        stats = [choice.stats for choice in choices if choice.stats is not None]
+        counted = usage(
+            self._service, stats, choices_per_prompt=self._request.num_choices,
+            reasoning=sum(choice.reasoning_tokens for choice in choices),
+        )  # fmt: skip
+        return {"usage": counted, "timings": timings(stats)}
 
 
 def _logprob(entry: TokenLogprob) -> dict[str, Any]:

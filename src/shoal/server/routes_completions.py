@@ -1,4 +1,4 @@
-"""POST /v1/completions: text in, text on; also the scoring of given text (`echo` with `logprobs`)."""
+"""POST /v1/completions: text in, text on; filling in the middle (`suffix`); scoring given text (`echo`, `logprobs`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,23 @@ from starlette.responses import Response
 
 from shoal.engine import LLM, Chunk, Generation, Stats, TokenLogprob
 from shoal.errors import RequestError
+from shoal.formats.fim import fim_prompt
 from shoal.server.body import read_json
-from shoal.server.protocol import CompletionRequest, parse_request
-from shoal.server.service import service_of, shown_logprob, token_text, usage, whole_answer
+from shoal.server.constraints import format_constraint
+from shoal.server.protocol import parse_request
+from shoal.server.protocol_text import CompletionRequest
+from shoal.server.routing import with_routing
+from shoal.server.service import (
+    Service,
+    checked_grammar,
+    naming,
+    service_of,
+    shown_logprob,
+    timings,
+    token_text,
+    usage,
+    whole_answer,
+)
 from shoal.server.sse import EventStream
 from shoal.server.worker import Piece
 
@@ -25,31 +39,49 @@ async def completions(request: Request) -> Response:
     body = parse_request(CompletionRequest, await read_json(request))
     service = service_of(request)
     llm = service.engine_for(body.model)
-    generations, echoes = await anyio.to_thread.run_sync(_prepare, llm, body)
+    generations, echoes = await anyio.to_thread.run_sync(_prepare, service, llm, body)
     results = service.worker.submit(generations)
-    reply = _Reply(service.head("cmpl", "text_completion"), body, echoes)
+    reply = _Reply(service, body, echoes)
     if body.stream:
-        return EventStream(results, reply.events)
+        return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
 
 
-def _prepare(llm: LLM, body: CompletionRequest) -> tuple[list[Generation], list[str]]:
+def _prepare(service: Service, llm: LLM, body: CompletionRequest) -> tuple[list[Generation], list[str]]:
     """A generation for each choice of each prompt, none started, and the text that opens each answer (the prompt, if it
     is to be echoed). Runs in a thread and finds every fault."""
+    constraint = format_constraint(body)
+    grammar = checked_grammar(service, constraint)
     generations, echoes = [], []
     for prompt in body.prompts:
-        ids = llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if any(token >= llm.tokenizer.vocab_size for token in ids):  # rows that only pad the embedding table
-            raise RequestError("prompt", f"token ids must lie below {llm.tokenizer.vocab_size}")
+        ids = _prompt_ids(llm, prompt, body.suffix)
         echo = "" if not body.echo else prompt if isinstance(prompt, str) else llm.tokenizer.decode(ids)
         score = bool(body.echo) and body.logprobs is not None
         for choice in range(body.num_choices):
             params = body.sampling(
-                llm.generation, max_tokens=body.max_tokens or None, logprobs=body.logprobs, choice=choice
-            )
-            generations.append(llm.prepare(ids, params, score=score, generate=body.max_tokens != 0))
+                llm.generation, max_tokens=body.max_tokens or None, logprobs=body.logprobs, choice=choice,
+                grammar=grammar,
+            )  # fmt: skip
+            with naming({"grammar": constraint[0]} if constraint else {}):
+                generations.append(llm.prepare(ids, params, score=score, generate=body.max_tokens != 0))
             echoes.append(echo)
     return generations, echoes
+
+
+def _prompt_ids(llm: LLM, prompt: str | list[int], suffix: str | None) -> list[int]:
+    tokenizer = llm.tokenizer
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, add_bos=False if suffix else None)
+    else:
+        ids = prompt
+        if any(token >= tokenizer.vocab_size for token in ids):  # rows that only pad the embedding table
+            raise RequestError("prompt", f"token ids must lie below {tokenizer.vocab_size}")
+    if not suffix:
+        return ids
+    filled = fim_prompt(tokenizer, ids, tokenizer.encode(suffix, add_bos=False))
+    if filled is None:
+        raise RequestError("suffix", f"{llm.name} was not made to fill in the middle", code="unsupported_parameter")
+    return filled
 
 
 class _Choice:
@@ -92,8 +124,9 @@ class _Choice:
 class _Reply:
     """The answer to one request: events for a stream, one body otherwise."""
 
-    def __init__(self, head: dict[str, Any], request: CompletionRequest, echoes: list[str]) -> None:
-        self._head = head
+    def __init__(self, service: Service, request: CompletionRequest, echoes: list[str]) -> None:
+        self._service = service
+        self._head = service.head("cmpl", "text_completion")
         self._request = request
         self._echoes = echoes
         self._choices: dict[int, _Choice] = {}
@@ -112,7 +145,7 @@ class _Reply:
             _choice(index, "".join(choice.text), choice.all_logprobs(), choice.finish_reason)
             for index, choice in sorted(self._choices.items())
         ]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return {**self._head, "choices": choices, **self._counts()}
 
     def events(self, piece: Piece) -> list[dict[str, Any]]:
         index, chunk = piece = self._with_echo(piece)
@@ -121,16 +154,20 @@ class _Reply:
         if chunk.text or logprobs or chunk.finish_reason:
             event = {**self._head, "choices": [_choice(index, chunk.text, logprobs, chunk.finish_reason)]}
             out.append({**event, "usage": None} if self._request.include_usage else event)
-        if chunk.finish_reason and self._request.include_usage and self._all_finished():
-            out.append({**self._head, "choices": [], "usage": self._usage()})
+        if chunk.finish_reason and self._all_finished():
+            counts = self._counts()
+            out[-1]["timings"] = counts["timings"]
+            if self._request.include_usage:
+                out.append({**self._head, "choices": [], **counts})
         return out
 
     def _all_finished(self) -> bool:
         return sum(choice.finish_reason is not None for choice in self._choices.values()) == len(self._echoes)
 
-    def _usage(self) -> dict[str, int]:
+    def _counts(self) -> dict[str, Any]:
         stats = [choice.stats for _, choice in sorted(self._choices.items()) if choice.stats is not None]
-        return usage(stats, choices_per_prompt=self._request.num_choices)
+        counted = usage(self._service, stats, choices_per_prompt=self._request.num_choices)
+        return {"usage": counted, "timings": timings(stats)}
 
 
 def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,17 +15,27 @@ from starlette.responses import Response
 
 import shoal
 from shoal.engine import LLM, Stats
+from shoal.engine.grammar import in_short
+from shoal.errors import RequestError
+from shoal.server.constraints import Constraint
+from shoal.server.embedding_job import EmbeddingQueue
 from shoal.server.errors import ApiError, json_response
+from shoal.server.grammar_check import GrammarChecker
 from shoal.server.sse import unless_disconnected
 from shoal.server.worker import EngineWorker, Piece, Results
 
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """One served model. `name` is what `/v1/models` lists, and what `model` in a request must say, if anything."""
+    """One served model and what serves it.
+
+    `name` is what `/v1/models` lists, and what `model` in a request must say, if anything."""
 
     name: str
     worker: EngineWorker
+    price_per_hour: float | None = None  # of the machine, in US dollars
+    embeddings: EmbeddingQueue = field(default_factory=EmbeddingQueue)
+    grammars: GrammarChecker = field(default_factory=GrammarChecker)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -78,11 +89,71 @@ async def whole_answer(
         results.cancel()
 
 
-def usage(stats: Sequence[Stats], *, choices_per_prompt: int) -> dict[str, int]:
+def checked_grammar(service: Service, constraint: Constraint | None) -> str | None:
+    """The grammar, once a helper process has compiled it unharmed; RequestError names the field that asks for it."""
+    if constraint is None:
+        return None
+    field, grammar = constraint
+    problem = service.grammars.problem(grammar)
+    if problem is not None:
+        raise RequestError(field, in_short(problem), code="invalid_grammar")
+    return grammar
+
+
+@contextlib.contextmanager
+def naming(fields: Mapping[str, str]) -> Iterator[None]:
+    """The engine's name of an argument becomes the client's name of the field that it came from."""
+    try:
+        yield
+    except RequestError as error:
+        field = fields.get(error.param or "")
+        if field is None:
+            raise
+        raise RequestError(field, str(error).removeprefix(f"{error.param}: "), code=error.code) from None
+
+
+def usage(service: Service, stats: Sequence[Stats], *, choices_per_prompt: int, reasoning: int = 0) -> dict[str, Any]:
     """Token counts over all choices; a prompt counts once however many answers it got."""
-    prompt = sum(stat.prompt_tokens for stat in stats[::choices_per_prompt])
+    prompts = stats[::choices_per_prompt]
+    prompt = sum(stat.prompt_tokens for stat in prompts)
     completion = sum(stat.completion_tokens for stat in stats)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    out: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(stat.cached_tokens for stat in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+    if service.price_per_hour is not None:
+        seconds = sum(stat.machine_seconds for stat in stats)
+        out["cost_usd"] = round(seconds * service.price_per_hour / 3600, 12)
+    return out
+
+
+def timings(stats: Sequence[Stats]) -> dict[str, Any]:
+    """Where the time went, in llama-server's names and three more; over all choices, of which the slowest counts."""
+    read = sum(stat.prompt_tokens - stat.cached_tokens for stat in stats)
+    written = sum(stat.completion_tokens for stat in stats)
+    queue = max(stat.queue_seconds for stat in stats)
+    prompt = max(stat.prompt_seconds - stat.queue_seconds for stat in stats)
+    decode = max(stat.decode_seconds for stat in stats)
+    return {
+        "cache_n": sum(stat.cached_tokens for stat in stats),
+        "prompt_n": read,
+        "prompt_ms": _ms(prompt),
+        "prompt_per_second": round(read / prompt, 2) if prompt > 0 else 0.0,
+        "predicted_n": written,
+        "predicted_ms": _ms(decode),
+        "predicted_per_second": round(written / decode, 2) if decode > 0 else 0.0,
+        "queue_ms": _ms(queue),
+        "machine_ms": _ms(sum(stat.machine_seconds for stat in stats)),
+        "draft_n": sum(stat.drafted for stat in stats),
+        "draft_n_accepted": sum(stat.accepted for stat in stats),
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
 
 
 def token_text(raw: bytes) -> str:

@@ -12,19 +12,32 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from shoal.engine import LLM, Chunk, Generation
+from shoal.engine import LLM
 from shoal.server.errors import ApiError
 
-Piece = tuple[int, Chunk]  # number of the choice, and what it produced
+Piece = tuple[int, Any]  # number of the choice, and what it produced: a Chunk, if it is a generation
 _END = object()
+
+
+class Work(Protocol):
+    """What the thread advances: a `Generation`, or something with its face."""
+
+    done: bool
+
+    def start(self) -> None: ...
+
+    def ready(self) -> Sequence[Any]:
+        """What is new; never waits long. Raises what ended it."""
+
+    def cancel(self) -> None: ...
 
 
 class Results(AsyncIterator[Piece]):
     """What the generations of one request yield, read on the event loop. Ends as they end; raises what one raised."""
 
-    def __init__(self, worker: EngineWorker, generations: Sequence[Generation]) -> None:
+    def __init__(self, worker: EngineWorker, generations: Sequence[Work]) -> None:
         self.generations = generations
         self.failed: Exception | None = None
         self.started_at = 0.0
@@ -153,7 +166,7 @@ class EngineWorker:
             raise _unavailable(self.state)
         return self._llm
 
-    def submit(self, generations: Sequence[Generation]) -> Results:
+    def submit(self, generations: Sequence[Work]) -> Results:
         """Queue a request; its generations run side by side. ApiError 429: the queue is full; 503: not serving."""
         results = Results(self, generations)
         with self._changed:

@@ -78,13 +78,13 @@ class Recorder:
         self._thread = threading.Thread(target=self._main, name="shoal-trace", daemon=True)
         self._thread.start()
 
-    def listen(self, prompt_tokens: int) -> OnRouting:
+    def listen(self) -> OnRouting:
         """Give a new request its number, and what is to be called with where its tokens go."""
         number = next(self._requests)
 
         def hear(routing: Routing) -> None:
             if self.error is None:
-                self._hear(Heard(request=number, prompt_tokens=prompt_tokens, routing=routing))
+                self._hear(Heard(request=number, routing=routing))
 
         return hear
 

@@ -74,7 +74,6 @@ class Heard:
     """One report, and whose it is."""
 
     request: int
-    prompt_tokens: int
     routing: Routing
 
 
@@ -93,7 +92,7 @@ def to_table(parts: Sequence[Heard], shape: Shape, *, begin: float, text: TokenT
 
     tokens = by_token(lambda part: part.routing.tokens, np.int32)
     positions = [part.routing.first + np.arange(len(part.routing.tokens)) for part in parts]
-    generated = [place >= part.prompt_tokens for place, part in zip(positions, parts, strict=True)]
+    generated = [place >= part.routing.prompt_tokens for place, part in zip(positions, parts, strict=True)]
     kind, width = schema.field("experts").type.value_type, shape.num_experts_per_tok
     columns = {
         "request": by_token(lambda part: part.request, np.int32),

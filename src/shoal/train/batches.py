@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,15 @@ class Batch(NamedTuple):
     tokens_BT: Array
     targets_BT: Array
     documents_BT: Array
+
+
+class Rows(Protocol):
+    """Anything that holds rows of tokens by number, such as `Windows`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, numbers: list[int]) -> Batch:
+        """The rows of these numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,7 @@ class Windows:
 class Batches:
     """The training batches: `batch` rows a step over all processes, in an order that `seed` decides."""
 
-    windows: Windows
+    windows: Rows
     batch: int
     seed: int
 

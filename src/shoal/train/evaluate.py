@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from shoal.formats.tokenizer import Tokenizer
 from shoal.model import Model, new_cache
-from shoal.train.batches import IGNORE, Windows
+from shoal.train.batches import IGNORE, Rows
 from shoal.train.losses import LossSettings, language_loss
 from shoal.train.process import Process
 from shoal.train.recipe import Recipe, SampleSettings
@@ -21,7 +21,7 @@ NEXT_ONLY = LossSettings(mtp_weight=0.0, balance_weight=0.0, z_weight=0.0)
 
 
 @torch.no_grad()
-def validation_loss(model: Model, windows: Windows, recipe: Recipe, process: Process) -> float:
+def validation_loss(model: Model, windows: Rows, recipe: Recipe, process: Process) -> float:
     """Mean loss of the next token, in nats, over evenly spaced held-out sequences; the same ones each time."""
     count = min(recipe.validation.sequences, len(windows))
     numbers = [turn * len(windows) // count for turn in range(count)][process.rank :: process.world]

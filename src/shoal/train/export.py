@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from shoal.config import ModelConfig
 from shoal.formats.hf_save import save_folder
 from shoal.formats.tokenizer import Tokenizer, check_fits, load_tokenizer_json
 from shoal.model import Model, as_checkpoint
+from shoal.train.replace import replaced
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
@@ -40,12 +39,5 @@ def export(model: Model, tokenizer_folder: Path, dst: Path, *, dtype: str) -> No
         path=tokenizer_folder,
         load_tokenizer=lambda: load_tokenizer(tokenizer_folder, model.config),
     )
-    fresh = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}.partial")
-    save_folder(checkpoint, fresh, dtype=dtype)
-    if dst.exists():
-        old = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}.partial")
-        dst.rename(old)
-        fresh.rename(dst)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(dst)
+    with replaced(dst) as fresh:
+        save_folder(checkpoint, fresh, dtype=dtype)

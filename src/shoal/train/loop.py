@@ -23,19 +23,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from shoal.cost.train_flops import train_flops
 from shoal.data.shards import INDEX, Shards, open_shards
 from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.atomic import atomic_file, atomic_folder
 from shoal.model import Model, random_model
 from shoal.train import checkpoint, state
 from shoal.train.balance import RouterBalance
-from shoal.train.batches import IGNORE, Batches, split
+from shoal.train.batches import IGNORE, Batches, Rows, split
 from shoal.train.evaluate import continue_text, evaluating, validation_loss
 from shoal.train.export import export, load_tokenizer
 from shoal.train.find import Prepare
 from shoal.train.log import Log, Record
-from shoal.train.losses import language_loss
-from shoal.train.measure import matrix_rate, train_flops_per_token
+from shoal.train.losses import Losses, TextBatch, language_loss
+from shoal.train.measure import matrix_rate
 from shoal.train.optim import make_optimisers
 from shoal.train.process import Process
 from shoal.train.recipe import Recipe, flatten
@@ -45,7 +46,7 @@ from shoal.train.tensors import autocast, micro_batches
 
 CHECKPOINTS, MODEL, DATA, LOG, RECIPE = "checkpoints", "model", "data", "log.jsonl", "recipe.json"
 # Settings that a run cannot change once it has begun: other data in another order, or another network.
-FIXED = ("model.", "seed", "sequence_length", "batch", "data.held_out", "optimiser.optimiser")
+FIXED = ("model.", "tune.", "seed", "sequence_length", "batch", "data.held_out", "optimiser.optimiser")
 
 
 class Observer(Protocol):
@@ -96,7 +97,7 @@ def train(
     process = process or Process()
     until = recipe.steps if until is None else until
     recipe = replace(recipe, steps=max(recipe.steps, until))
-    with _claim(recipe, out) if process.leads else contextlib.nullcontext():
+    with claim(recipe, out) if process.leads else contextlib.nullcontext():
         data = _data_folder(recipe, out, prepare, observer) if process.leads else out
         process.barrier()
         run = Run(recipe, out, data if process.leads else _where(recipe, out), observer, process)
@@ -120,37 +121,45 @@ class Run:
         self.tokenizer_folder = data / "tokenizer"
         self.tokenizer = load_tokenizer(self.tokenizer_folder, recipe.model)
         shards = _open_data(recipe, data)
-        self.data_digest = _file_digest(shards.folder / INDEX)
-        windows, self.held_out = split(shards, recipe.sequence_length, recipe.data.held_out)
-        self.batches = Batches(windows=windows, batch=recipe.batch, seed=recipe.seed)
-        self.model = make_model(recipe, process)
+        windows, held_out = split(shards, recipe.sequence_length, recipe.data.held_out)
+        batches = Batches(windows=windows, batch=recipe.batch, seed=recipe.seed)
+        self._begin(make_model(recipe, process), batches, held_out, file_digest(shards.folder / INDEX))
+
+    def _begin(self, model: Model, batches: Batches, held_out: Rows | None, data_digest: str) -> None:
+        """Set up everything else around a model and its data, and go back to the newest checkpoint."""
+        recipe, process = self.recipe, self.process
+        self.model, self.batches, self.held_out, self.data_digest = model, batches, held_out, data_digest
         self.optimisers = make_optimisers(self.model, recipe.optimiser)
         self.balance = RouterBalance(recipe.router.bias_speed)
         self.step = 0
         self.saved = -1
         self._resume()
-        self.flops_per_token = train_flops_per_token(recipe.model, recipe.sequence_length)
+        self.flops_per_token = train_flops(recipe.model, recipe.sequence_length).model
         self.rate = matrix_rate(torch.bfloat16 if recipe.precision == "bf16" else torch.float32, process.device)
         self.pace = Pace()
-        self.log = Log(out / LOG, self.step, tensorboard=recipe.tensorboard) if process.leads else None
+        self.log = Log(self.out / LOG, self.step, tensorboard=recipe.tensorboard) if process.leads else None
 
     def go(self, until: int) -> Outcome:
         """Step until `until` steps are done or somebody asks to stop; save; export at the end."""
         requests = Requests(self.out)
         record: Record | None = None
         with requests.listening():
-            while self.step < until:
+            while self.step < until and not self.finished():
                 record = self.run_step()
                 self._measure(record, until)
                 due = self.recipe.checkpoint.every
                 stop = self.process.any(requests.signal is not None or (self.process.leads and requests.take_stop()))
                 save = self.process.any(self.process.leads and requests.take_save())
                 self._report(record, until)
-                if stop or save or self.step == until or (due and self.step % due == 0):
+                if stop or save or self.step == until or self.finished() or (due and self.step % due == 0):
                     self.save()
-                if stop and self.step < until:
+                if stop and self.step < until and not self.finished():
                     return Outcome(self.step, record, requests.signal, None)
         return Outcome(self.step, record, requests.signal, self._export())
+
+    def finished(self) -> bool:
+        """Whether the run ends before its last step, for reasons of its own."""
+        return False
 
     def run_step(self) -> Record:
         """One update of the weights; what came of it.
@@ -165,7 +174,7 @@ class Run:
         sums: dict[str, Tensor] = {}
         for micro in micro_batches(batch, recipe.micro_batch, process.device):
             with autocast(recipe, process.device):
-                losses = language_loss(self.model, micro, recipe.losses, num_targets=num_targets, num_rows=recipe.batch)
+                losses = self.losses(micro, num_targets)
             losses.total.backward()  # type: ignore[no-untyped-call]
             self.balance.observe(losses.routings)
             for name, value in losses.parts.items():
@@ -198,6 +207,11 @@ class Run:
             "utilisation": tok_s * self.flops_per_token / (self.rate * process.world),
             **self._router_statistics(),
         }
+
+    def losses(self, micro: TextBatch, num_targets: Tensor) -> Losses:
+        """What a part of a step costs; `num_targets` are the targets of the whole step."""
+        settings, rows = self.recipe.losses, self.recipe.batch
+        return language_loss(self.model, micro, settings, num_targets=num_targets, num_rows=rows)
 
     def _router_statistics(self) -> Record:
         layers = self.balance.statistics()
@@ -248,11 +262,17 @@ class Run:
             return
         if self.log is not None:
             self.log.sync()
-            meta = {"recipe": flatten(self.recipe), "data": self.data_digest, "torch": torch.__version__}
-            tensors = state.gather(self.model, self.optimisers)
-            checkpoint.save(self.out / CHECKPOINTS, self.step, tensors, meta, keep=self.recipe.checkpoint.keep)
+            checkpoint.save(
+                self.out / CHECKPOINTS, self.step, self._state(), self._meta(), keep=self.recipe.checkpoint.keep
+            )
         self.process.barrier()
         self.saved = self.step
+
+    def _state(self) -> checkpoint.State:
+        return state.gather(self.model, self.optimisers)
+
+    def _meta(self) -> dict[str, Any]:
+        return {"recipe": flatten(self.recipe), "data": self.data_digest, "torch": torch.__version__}
 
     def close(self) -> None:
         if self.log is not None:
@@ -264,8 +284,12 @@ class Run:
             return
         _check_same(saved, self.recipe, self.data_digest, self.observer.note)
         state.restore(saved, self.model, self.optimisers)
+        self._restored(saved)
         self.step = self.saved = saved.step
         self.observer.note(f"going on after step {saved.step}")
+
+    def _restored(self, saved: checkpoint.Saved) -> None:
+        """Take what else a checkpoint holds."""
 
     def _export(self) -> Path | None:
         if self.log is None:
@@ -299,7 +323,7 @@ def make_model(recipe: Recipe, process: Process) -> Model:
 
 
 @contextlib.contextmanager
-def _claim(recipe: Recipe, out: Path) -> Any:
+def claim(recipe: Recipe, out: Path) -> Any:
     """Hold the run's folder, having made sure that it is one, or free to become one."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -334,14 +358,14 @@ def _data_folder(recipe: Recipe, out: Path, prepare: Prepare | None, observer: O
 
 
 def _open_data(recipe: Recipe, folder: Path) -> Shards:
-    digest = _file_digest(folder / "tokenizer" / "tokenizer.json")
+    digest = file_digest(folder / "tokenizer" / "tokenizer.json")
     shards = open_shards(folder / "tokens", vocab_size=recipe.model.vocab_size, tokenizer_digest=digest)
     if recipe.data.verify:
         shards.verify()
     return shards
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

@@ -18,10 +18,14 @@ from torch import Tensor
 from shoal.config import MoEConfig
 from shoal.errors import ConfigError
 from shoal.model import Model, Routing
+from shoal.model.precision import product_type
 from shoal.train.batches import IGNORE
 
-# Logits in memory at a time: 64 MB in float32.
-CHUNK_LOGITS = 1 << 24
+# Logits in memory at a time (64 MB in bfloat16), and of those, in float32 while they become gradients (2 MB).
+CHUNK_LOGITS = 1 << 25
+CACHED_LOGITS = 1 << 19
+# Share of tokens that count below which the others (the questions, in tuning) are left out rather than weighed with 0.
+SPARSE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +170,14 @@ def linear_cross_entropy(
         The weighted sum; and for each token, without gradient, its unweighted cross-entropy and its logsumexp² (0 where
         ignored).
     """
+    counts_X = targets_X != IGNORE
+    if 0 < int(counts_X.sum()) < SPARSE * len(targets_X):
+        index_Y = counts_X.nonzero()[:, 0]
+        total, *each = linear_cross_entropy(
+            hidden_XD[index_Y], head_VD, targets_X[index_Y], weights_X[index_Y], z_weight
+        )
+        loss_X, square_X = (value_Y.new_zeros(len(targets_X)).index_copy_(0, index_Y, value_Y) for value_Y in each)
+        return total, loss_X, square_X
     outputs: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_XD, head_VD, targets_X, weights_X, z_weight
     )
@@ -183,36 +195,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_XD: Tensor, head_VD: Tensor, targets_X: Tensor, weights_X: Tensor, z_weight: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.promote_types(head_VD.dtype, torch.float32)
-        head_low_VD = head_VD.to(_product_type(head_VD))
-        weights_X = torch.where(targets_X == IGNORE, 0.0, weights_X.to(wide))
-        grad_hidden = torch.zeros_like(hidden_XD) if ctx.needs_input_grad[0] else None
+        wide, low = torch.promote_types(head_VD.dtype, torch.float32), product_type(head_VD)
+        head_low_VD, counts_X = head_VD.to(low), targets_X != IGNORE
+        weights_X = weights_X.to(wide) * counts_X
+        grad_hidden = torch.empty_like(hidden_XD) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-        loss_X, square_X = weights_X.new_zeros(len(targets_X)), weights_X.new_zeros(len(targets_X))
-        for rows in _chunks(len(targets_X), len(head_VD)):
-            hidden_CD = hidden_XD[rows].to(head_low_VD.dtype)
-            logits_CV = (hidden_CD @ head_low_VD.T).to(wide)
-            target_C1 = targets_X[rows].clamp(min=0)[:, None]
-            target_logit_C = logits_CV.gather(1, target_C1)[:, 0]
-            logp_CV = torch.log_softmax(logits_CV, dim=-1)
-            del logits_CV
-            loss_C = -logp_CV.gather(1, target_C1)[:, 0]
-            lse_C = target_logit_C + loss_C
-            counts_C = targets_X[rows] != IGNORE
-            loss_X[rows], square_X[rows] = loss_C * counts_C, lse_C.square() * counts_C
-            if grad_hidden is None and grad_head is None:
-                continue
-            d_CV = logp_CV.exp_()
-            if z_weight:
-                d_CV.mul_((1 + 2 * z_weight * lse_C)[:, None])
-            d_CV.scatter_add_(1, target_C1, d_CV.new_full((len(d_CV), 1), -1.0))
-            d_CV = d_CV.to(head_low_VD.dtype)
+        loss_X, lse_X = weights_X.new_empty(len(targets_X)), weights_X.new_empty(len(targets_X))
+        # One buffer for all chunks: fresh pages for each would cost more than the arithmetic on them.
+        buffer_CV = head_low_VD.new_empty(min(_rows_of(CHUNK_LOGITS, head_VD), len(targets_X)), len(head_VD))
+        for rows in _chunks(len(targets_X), len(buffer_CV)):
+            hidden_CD = hidden_XD[rows].to(low)
+            logits_CV = torch.mm(hidden_CD, head_low_VD.T, out=buffer_CV[: len(hidden_CD)])
+            loss_X[rows], lse_X[rows] = _to_gradients(logits_CV, targets_X[rows].clamp(min=0), wide, z_weight)
             # The token's weight goes to the narrow side of each product.
             weights_C1 = weights_X[rows][:, None]
             if grad_hidden is not None:
-                grad_hidden[rows] = (d_CV @ head_low_VD).to(wide) * weights_C1
+                grad_hidden[rows] = (logits_CV @ head_low_VD).to(wide) * weights_C1
             if grad_head is not None:
-                grad_head += d_CV.T @ (hidden_CD * weights_C1).to(head_low_VD.dtype)
+                grad_head += logits_CV.T @ (hidden_CD * weights_C1).to(low)
+        loss_X, square_X = loss_X * counts_X, lse_X.square() * counts_X
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype))
         ctx.mark_non_differentiable(loss_X, square_X)
         total = (weights_X * (loss_X + z_weight * square_X)).sum()
@@ -231,15 +232,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _product_type(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    # float64 is for checking gradients: autocast leaves it alone, and so do we.
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+def _to_gradients(logits_CV: Tensor, targets_C: Tensor, wide: torch.dtype, z_weight: float) -> tuple[Tensor, Tensor]:
+    """Overwrite logits with the gradients of cross-entropy + z · logsumexp²; returns cross-entropies and logsumexps."""
+    # A CPU does all passes over a few rows while they lie in its cache; elsewhere a launch costs more than a pass.
+    step = _rows_of(CACHED_LOGITS, logits_CV.T) if logits_CV.device.type == "cpu" else len(logits_CV)
+    losses, logsumexps = [], []
+    for rows in _chunks(len(logits_CV), step):
+        target_R1 = targets_C[rows, None]
+        p_RV = logits_CV[rows].to(wide, copy=True)
+        top_R1 = p_RV.amax(-1, keepdim=True)
+        target_logit_R1 = p_RV.gather(1, target_R1)
+        sum_R1 = p_RV.sub_(top_R1).exp_().sum(-1, keepdim=True)
+        lse_R1 = top_R1 + sum_R1.log()
+        p_RV.mul_((1 + 2 * z_weight * lse_R1) / sum_R1)
+        p_RV.scatter_add_(1, target_R1, p_RV.new_full(target_R1.shape, -1.0))
+        logits_CV[rows] = p_RV
+        losses.append((lse_R1 - target_logit_R1)[:, 0])
+        logsumexps.append(lse_R1[:, 0])
+    return torch.cat(losses), torch.cat(logsumexps)
 
 
-def _chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
-    step = max(16, CHUNK_LOGITS // vocabulary // 16 * 16)
+def _rows_of(logits: int, head_VD: Tensor) -> int:
+    """How many rows make about so many logits: multiples of 16 keep the matrix kernels on their fast path."""
+    return max(16, logits // len(head_VD) // 16 * 16)
+
+
+def _chunks(num_tokens: int, step: int) -> Iterator[slice]:
     for start in range(0, num_tokens, step):
         yield slice(start, min(start + step, num_tokens))

@@ -13,8 +13,10 @@ from typing import Any, Union
 from shoal.errors import ConfigError
 from shoal.train.recipe import Recipe, flatten
 
+AnyRecipe = typing.TypeVar("AnyRecipe", bound=Recipe)
 
-def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+
+def override(recipe: AnyRecipe, assignments: Iterable[str]) -> AnyRecipe:
     """`recipe` with every `key=value` applied. All are applied before the whole is checked.
 
     Values are JSON where the setting is a list, else plain text: `optimiser.lr=3e-4`, `compile=true`,
@@ -37,7 +39,7 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(key, f"is no setting of this recipe{hint}")
-    return typing.cast(Recipe, _apply(recipe, values, ""))
+    return typing.cast(AnyRecipe, _apply(recipe, values, ""))
 
 
 def _apply(part: Any, values: dict[str, str], prefix: str) -> Any:

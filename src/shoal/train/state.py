@@ -20,7 +20,7 @@ CPU_RANDOM, GPU_RANDOM = "torch.cpu", "torch.cuda"
 def gather(model: Model, optimisers: Sequence[torch.optim.Optimizer]) -> State:
     """Everything that the next step depends on, besides its number and the recipe."""
     return {
-        "model": model.state_dict(),
+        "model": changing(model),
         "optimiser": dict(_optimiser_tensors(model, optimisers)),
         "random": _random_tensors(),
     }
@@ -32,7 +32,7 @@ def restore(saved: Saved, model: Model, optimisers: Sequence[torch.optim.Optimiz
     Raises:
         FileError: the checkpoint lacks a tensor, or has one of another shape or too many.
     """
-    target = model.state_dict()
+    target = changing(model)
     weights = saved.tensors("model")
     _check_names(saved, "model", target, weights)
     with torch.no_grad():
@@ -44,6 +44,12 @@ def restore(saved: Saved, model: Model, optimisers: Sequence[torch.optim.Optimiz
     torch.set_rng_state(random[CPU_RANDOM])
     if GPU_RANDOM in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random[GPU_RANDOM])
+
+
+def changing(model: Model) -> dict[str, Tensor]:
+    """The weights and buffers of a model without those that are frozen, which come from where they came from."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 def _optimiser_tensors(model: Model, optimisers: Sequence[torch.optim.Optimizer]) -> list[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from shoal.errors import ConfigError
 from shoal.formats.adapter import Adapter, LowRank
 from shoal.model.model import Model
-from shoal.model.moe import Experts, MoE, StackedLinear
+from shoal.model.moe import Experts, MoE, Routing, StackedLinear, in_expert_order
 from shoal.tune.frozen import FrozenMatrix
 
 SCALE = 1.0
@@ -85,6 +85,9 @@ class AdaptedExperts(Experts):
         self.gate_proj, self.up_proj, self.down_proj = base.gate_proj, base.up_proj, base.down_proj
         self.gate_up_factors: Factors | None = None
         self.down_factors: Factors | None = None
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        return in_expert_order(x_TD, routing, self.num_experts, self.run)
 
     def run(self, sorted_XD: Tensor, counts_E: Tensor) -> Tensor:
         outputs = []

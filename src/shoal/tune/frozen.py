@@ -68,7 +68,7 @@ class FrozenMatrix(nn.Module):
 
     def linear(self, x: Tensor, expert: int | None) -> Tensor:
         """x W^T of one matrix; the backward pass widens W anew rather than keeping it."""
-        out: Tensor = _Frozen.apply(x, self, expert)
+        out: Tensor = _Frozen.apply(x, self, expert)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias
 
 
@@ -79,7 +79,7 @@ class _Frozen(torch.autograd.Function):
         return F.linear(x, matrix.widen(expert).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad @ ctx.matrix.widen(ctx.expert).to(grad.dtype), None, None
 
 

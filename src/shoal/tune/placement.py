@@ -69,7 +69,12 @@ def parse_budget(text: str, total: int) -> int:
 
 
 def probe(
-    model: Model, backward: Callable[[], None], routing: Callable[[], dict[int, Tensor]], *, probes: int = PROBES
+    model: Model,
+    backward: Callable[[], None],
+    routing: Callable[[], dict[int, Tensor]],
+    *,
+    probes: int = PROBES,
+    expert_share: float = EXPERT_SHARE,
 ) -> Probed:
     """Leading singular triplets of the gradient of every matrix worth a look.
 
@@ -77,9 +82,10 @@ def probe(
         backward: runs the data forward and backward once.
         routing: the share of gate weight of each expert, by layer.
         probes: K, the most rank that a matrix can be given.
+        expert_share: share of a layer's gate weight that the experts looked at must have together.
     """
     shares = routing()
-    chosen = {layer: choose_experts(share_E, EXPERT_SHARE) for layer, share_E in shares.items()}
+    chosen = {layer: choose_experts(share_E, expert_share) for layer, share_E in shares.items()}
     ranks = {target: _probe_ranks(target, shape, chosen, probes) for target, shape in targets(model).items()}
     generator = torch.Generator().manual_seed(PROBE_SEED)
     factors = attach(model, ranks, scale=1.0)

@@ -9,6 +9,7 @@ Shapes: B rows, T tokens of a row.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,10 @@ from shoal.errors import FileError, RequestError
 from shoal.formats.chat import ChatFormat
 from shoal.formats.chat_answers import Tokens, encode_answers
 from shoal.formats.tokenizer import Tokenizer
+from shoal.train.batches import IGNORE, Batch
 from shoal.tune.examples import Example
 
-IGNORED = -100  # a target that is not learnt, as torch's cross_entropy has it
+PADDING = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,8 @@ class Rows:
 
     Attributes:
         tokens: token ids; the rest of a row is padding.
-        targets: the next token where it is to be learnt, else `IGNORED`.
-        documents: a number for each document of a row, and another one for the padding. Rotary positions are relative,
+        targets: the next token where it is to be learnt, else `IGNORE`.
+        documents: a number for each document of a row, `PADDING` for the rest of it. Rotary positions are relative,
             so they may count on from one document to the next.
     """
 
@@ -42,9 +44,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def take(self, rows: Sequence[int]) -> Rows:
-        index = np.asarray(rows)
-        return Rows(tokens=self.tokens[index], targets=self.targets[index], documents=self.documents[index])
+    def read(self, numbers: list[int]) -> Batch:
+        """The rows of these numbers."""
+        return Batch(self.tokens[numbers], self.targets[numbers], self.documents[numbers])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,12 @@ class Report:
     learnt: int
     cut: int
     dropped: int
+
+
+def spans(documents_T: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Where the documents of a row begin and end, padding left out."""
+    edges = [0, *(np.flatnonzero(np.diff(documents_T)) + 1).tolist(), len(documents_T)]
+    return [(begin, end) for begin, end in itertools.pairwise(edges) if documents_T[begin] != PADDING]
 
 
 def encode_examples(
@@ -129,15 +137,14 @@ def pack(sequences: Sequence[Tokens], row_tokens: int, *, pad: int = 0) -> Rows:
 
 def _fill(rows: Sequence[Sequence[Tokens]], row_tokens: int, pad: int) -> Rows:
     shape = (len(rows), row_tokens)
-    tokens, targets = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
-    documents = np.zeros(shape, np.int64)
+    tokens, targets = np.full(shape, pad, np.int64), np.full(shape, IGNORE, np.int64)
+    documents = np.full(shape, PADDING, np.int64)
     for b, row in enumerate(rows):
         at = 0
         for number, (ids, learn) in enumerate(row):
             end = at + len(ids)
             tokens[b, at:end] = ids
-            targets[b, at : end - 1] = np.where(learn[1:], ids[1:], IGNORED)
+            targets[b, at : end - 1] = np.where(learn[1:], ids[1:], IGNORE)
             documents[b, at:end] = number
             at = end
-        documents[b, at:] = len(row)
     return Rows(tokens=tokens, targets=targets, documents=documents)

@@ -1,0 +1,1 @@
+"""The web page at `/`: plain files that ship with the package and load nothing from anywhere else."""

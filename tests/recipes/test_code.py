@@ -1,0 +1,436 @@
+"""The code model's recipe: what enters its corpus, its tokenizer against three others, its windows, its judge."""
+
+from __future__ import annotations
+
+import email
+import hashlib
+import importlib
+import json
+import sys
+import urllib.request
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+import xllamacpp
+
+from shoal.config import ModelConfig
+from shoal.cost.train_flops import forward_flops
+from shoal.data.shards import open_shards
+from shoal.formats.checkpoint import open_checkpoint
+from shoal.formats.convert import convert
+from shoal.formats.hf_save import save_folder
+from shoal.formats.layout import count_params, expected_tensors
+from shoal.formats.tokenizer import Tokenizer, load_tokenizer_json
+from shoal.model import as_checkpoint, random_model
+from shoal.train.batches import split
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "code"
+NASTY = [
+    "def f(x):\n    return x**2  # c\n\n\n\tif x:\r\n\t\tpass\n",
+    "    " * 9 + "x = 12345.678e-9 + 0xFF_ff\n",
+    "class A(B, metaclass=C):\n    '''It's \"quoted\" …'''\n\n    async def __aenter__(self): ...\n",
+    'print(f"{a!r:>{width}}", end="\\n\\t")\n\n\n\n',
+    "# комментарий 中文 é e\u0301 👩‍👩‍👧 \u00a0\u200b\n",
+    "   \n  \n x\n",
+    "<｜fim▁begin｜>a<｜fim▁hole｜>b<｜end▁of▁sentence｜>",
+    "a\t\tb   c\n\n        d:\n",
+    "lambda *a, **k: {i: [j for j in range(10)] for i in a}  \n",
+]
+SOURCE = '''import os
+
+
+def join(parts, separator="/"):
+    """Join parts of a path, number {n}."""
+    cleaned = [part.strip(separator) for part in parts if part]
+    if not cleaned:
+        return separator
+    total = {n} + len(cleaned)
+    print(total, os.sep)
+    return separator.join(cleaned)
+
+
+class Folder{n}:
+    def __init__(self, name, size={n}):
+        self.name = name
+        self.size_{n} = size
+
+    def grow(self, by):
+        value_{n} = self.size_{n} + by * {n}
+        self.size_{n} = max(value_{n}, 0)
+        return self.size_{n}
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe_folder() -> Iterator[None]:
+    """The scripts import each other as the files they are."""
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+    for name in ("licences", "filters", "pin", "corpus", "vocabulary", "pack", "cases", "speed", "evaluate", "recipe"):
+        sys.modules.pop(name, None)
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+# Licences
+
+
+def witness(metadata: str, *texts: str) -> tuple[str, str]:
+    found: tuple[str, str] = load("licences").licence_of(email.message_from_string(metadata), list(texts))
+    return found
+
+
+MIT = "Permission is hereby granted, free of charge, to any\nperson obtaining a copy of this software"
+
+
+def test_two_witnesses_must_agree():
+    assert witness("License-Expression: MIT", MIT) == ("MIT", "")
+    assert witness("Classifier: License :: OSI Approved :: MIT License", MIT) == ("MIT", "")
+    assert witness("License: MIT") == ("", "declares MIT, carries no such text")
+    assert witness("Name: x", MIT) == ("", "declares no licence")
+    assert witness("License-Expression: Apache-2.0", MIT)[0] == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "License-Expression: GPL-3.0-only",
+        "License-Expression: MIT AND LGPL-2.1-or-later",
+        "License-Expression: MPL-2.0",
+        "Classifier: License :: OSI Approved :: GNU Lesser General Public License v3 (LGPLv3)",
+        "License: Proprietary",
+    ],
+)
+def test_conditions_on_the_whole_work_are_refused(line):
+    assert witness(line, MIT)[0] == ""
+
+
+def test_a_choice_may_be_made():
+    assert witness("License-Expression: MIT OR GPL-2.0", MIT) == ("MIT", "")
+
+
+def test_the_list_is_permissive_and_split_by_name():
+    rows = load("corpus").read_list()
+    allowed = set(load("licences").TEXTS)
+    assert len(rows) > 300
+    assert all(set(row["licence"].split(" / ")) <= allowed for row in rows)
+    assert all(len(row["sha256"]) == 64 and row["file"].endswith(".whl") for row in rows)
+    assert all(row["part"] == load("pin").part_of(row["name"]) for row in rows)
+    assert 8 <= sum(row["part"] == "held-out" for row in rows) <= 40
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("a/b.py", ""),
+        ("a/_vendor/b.py", "vendored"),
+        ("a/tests/b.py", "test"),
+        ("a/test_b.py", "test"),
+        ("a/b_pb2.py", "generated"),
+        ("a/migrations/0001.py", "data or template"),
+    ],
+)
+def test_files_left_out_by_name(path, reason):
+    assert load("filters").drop_by_path(path) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (SOURCE.replace("{n}", "7"), ""),
+        ("x = 1\n", "too short"),
+        ("# Generated by a tool\n" + SOURCE, "generated"),
+        ("# GNU General Public License\n" + SOURCE, "other licence"),
+        (SOURCE + "def broken(:\n", "does not parse"),
+        (SOURCE + "x = '" + "ab c" * 200 + "'\n", "long lines"),
+        (
+            "".join(f"TABLE_{i} = [{i * 7919 % 1000}, {i * 104729 % 997}, {i * i}]\n" for i in range(40)),
+            "table of constants",
+        ),
+        ("value = compute(value)\n" * 400, "repetitive"),
+    ],
+)
+def test_files_left_out_by_text(text, reason):
+    assert load("filters").drop_by_text(text.replace("{n}", "7")) == reason
+
+
+def test_cleaning_keeps_code_and_drops_notices():
+    clean = load("filters").clean
+    assert clean(b"\xef\xbb\xbf# Copyright 2020 Someone\r\n# MIT License\r\n\r\nimport os\r\n\r\n") == "import os\n"
+    assert clean(b"# What this does\nimport os\n") == "# What this does\nimport os\n"
+    assert clean(b"\xff\xfe") is None
+    assert load("filters").fingerprint("a = 1  # b\n\nc\n") == load("filters").fingerprint("a=1\nc")
+
+
+# The corpus from wheels
+
+
+def wheel(folder: Path, name: str, files: dict[str, str]) -> dict[str, str]:
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for inner, text in files.items():
+            archive.writestr(f"{name}/{inner}", text)
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\nVersion: 1.0\nLicense-Expression: MIT\n")
+        archive.writestr(f"{name}-1.0.dist-info/licenses/LICENSE", MIT)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"name": name, "version": "1.0", "licence": "MIT", "part": "train", "file": path.name, "sha256": digest}
+
+
+def test_a_corpus_has_no_copies_and_its_parts_share_none(tmp_path):
+    corpus = load("corpus")
+    one, two, three = (SOURCE.replace("{n}", str(n)) for n in (1, 2, 3))
+    novel = "\n".join(f"def other_{i}(argument_{i}):\n    return argument_{i} + {i}\n" for i in range(12))
+    rows = [
+        wheel(tmp_path, "first", {"a.py": one, "b.py": two, "tests/c.py": three}),
+        wheel(tmp_path, "second", {"copy.py": one.replace("    ", "  ") + "# more\n"}),
+        wheel(tmp_path, "judge", {"new.py": novel, "old.py": two + novel[: len(novel) // 3]}) | {"part": "held-out"},
+    ]
+    dropped: Counter[str] = Counter()
+    corpus.fetch(rows, tmp_path)
+    parts = corpus.collect(rows, tmp_path, dropped)
+    assert [d["path"] for d in parts["train"]] == sorted(
+        ["first/a.py", "first/b.py"], key=lambda name: hashlib.sha256(name.encode()).digest()
+    )
+    assert (dropped["copy"], dropped["test"]) == (1, 1)
+    kept = corpus.without_copies(parts["held-out"], parts["train"], dropped)
+    assert [document["path"] for document in kept] == ["judge/new.py"]
+    corpus.write({"train": parts["train"], "held-out": kept}, rows, dropped, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["train"]["documents"], report["held-out"]["documents"]) == (2, 1)
+    assert "| first | 1.0 | MIT | train |" in (tmp_path / "LICENCES.md").read_text()
+    with pytest.raises(SystemExit, match="sha256"):
+        corpus.fetch([rows[0] | {"sha256": "0" * 64}], tmp_path)
+
+
+# The tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of small files with its own vocabulary."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for part, numbers in (("train", range(300)), ("held_out", range(300, 340))):
+        with (folder / f"{part}.jsonl").open("w", encoding="utf-8") as file:
+            for n in numbers:
+                text = SOURCE.replace("{n}", str(n)) * (1 + n % 4) + NASTY[n % len(NASTY)].replace("<", "")
+                if part == "held_out":
+                    text = SOURCE.replace("{n}", str(n)) * (1 + n % 4)
+                file.write(json.dumps({"text": text, "package": "p", "path": f"{n}.py"}) + "\n")
+    (folder / "report.json").write_text("{}")
+    vocabulary = load("vocabulary")
+    (folder / "tokenizer").mkdir()
+    vocabulary.learn(vocabulary.sample(folder / "train.jsonl", 1 << 30), 640).save(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer_json(folder / "tokenizer")
+
+
+def small(kind: str) -> ModelConfig:
+    """The recipe's model, or its twin's, with little in it."""
+    import dataclasses
+
+    whole = load("recipe").MODEL if kind == "code" else load("twin").recipe().model
+    changes: dict[str, Any] = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    if whole.moe is not None:
+        changes["moe"] = dataclasses.replace(whole.moe, n_routed_experts=8, moe_intermediate_size=32)
+    changes["max_position_embeddings"] = 512
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    import dataclasses
+
+    out = tmp_path_factory.mktemp("models")
+    for kind in ("code", "twin"):
+        checkpoint = as_checkpoint(random_model(small(kind), 0))
+        checkpoint = dataclasses.replace(checkpoint, load_tokenizer=lambda: load_tokenizer_json(folder / "tokenizer"))
+        save_folder(checkpoint, out / kind, dtype="float32")
+    return {kind: out / kind for kind in ("code", "twin")}
+
+
+def test_four_readers_give_the_same_ids(tokenizer, folder, models, tmp_path):
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(models["code"]))
+    convert(models["code"], tmp_path / "model.gguf", dtype="F16")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.warmup = str(tmp_path / "model.gguf"), 64, False
+    server = xllamacpp.Server(params)
+    in_gguf = open_checkpoint(tmp_path / "model.gguf").load_tokenizer()
+    for text in [*NASTY, SOURCE]:
+        ids = tokenizer.encode(text, add_bos=False, parse_special=True)
+        assert library.encode(text, add_special_tokens=False).ids == ids
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert in_gguf.encode(text, add_bos=False, parse_special=True) == ids
+        body = json.dumps({"content": text, "parse_special": True}).encode()
+        request = urllib.request.Request(
+            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["tokens"] == ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_tokenizer_suits_code_and_text_makes_no_marker(tokenizer):
+    vocabulary, recipe = load("vocabulary"), load("recipe")
+    assert [tokenizer.token_id(m) for m in vocabulary.MARKERS[:3]] == [recipe.BOS, recipe.EOS, recipe.PAD]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.pad_token_id) == (0, (1,), 2)
+    pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode("    return 1234\n", add_bos=False)]
+    assert pieces[0] == b"   " and pieces[1] == b" return" and pieces[-5:] == [b"1", b"2", b"3", b"4", b"\n"]
+    assert not any(tokenizer.is_control(i) for i in tokenizer.encode("".join(vocabulary.MARKERS), add_bos=False))
+
+
+# Windows
+
+
+def test_pieces_fill_windows_and_come_back_as_they_were(tokenizer, folder):
+    pack = load("pack")
+    texts = pack.read_texts(folder / "train.jsonl", 0)
+    packer = pack.Packer(tokenizer, 0, 256)
+    room, back, filled, plain = 256, "", 0, 0
+    for piece in packer.pieces(texts):
+        assert piece[0] in (packer.bos, packer.eos) and len(piece) <= room
+        room = room - len(piece) or 256
+        if packer.begin in piece:
+            filled += 1
+            assert piece[1] == packer.begin and piece[-1] == packer.eos
+            hole, end = piece.index(packer.hole), piece.index(packer.end)
+            parts = [tokenizer.decode(part) for part in (piece[2:hole], piece[end + 1 :], piece[hole + 1 : end])]
+            back += "".join(parts)
+        elif piece[0] == packer.bos:
+            plain += 1
+            back += tokenizer.decode(piece)
+    assert room == 256
+    whole = "".join(texts)
+    # A suffix without room loses its end, nothing else is lost.
+    assert 0.97 * len(whole) < len(back) <= len(whole)
+    assert 0.3 < filled / (filled + plain) < 0.6
+
+
+def test_the_split_falls_between_the_parts(tokenizer, folder, tmp_path):
+    counts = load("pack").pack(folder, tmp_path / "tokens", folder / "tokenizer", window=128)
+    shards = open_shards(tmp_path / "tokens", vocab_size=640)
+    assert shards.num_tokens == counts["train"] + counts["held_out"] and counts["train"] % 128 == 0
+    train, held_out = split(shards, 128, counts["held_out_share"])
+    assert (train.stop, held_out.start) == (counts["train"], counts["train"])
+
+
+# The two models
+
+
+def test_the_recipes_say_what_the_readme_says():
+    recipe, twin = load("recipe").recipe(), load("twin").recipe()
+    assert load("recipe").VOCABULARY == load("vocabulary").VOCABULARY and recipe.sequence_length == load("pack").WINDOW
+    moe = recipe.model.moe
+    assert 3 <= moe.num_experts_per_tok <= 5 and 0.04 < moe.num_experts_per_tok / moe.n_routed_experts < 0.06
+    ours, twins = (forward_flops(model, 1024) for model in (recipe.model, twin.model))
+    main = sum(count for part, count in ours.items() if not part.startswith("mtp"))
+    assert abs(sum(twins.values()) / main - 1) < 0.02
+    assert (twin.steps, twin.batch, twin.data, twin.seed) == (recipe.steps, recipe.batch, recipe.data, recipe.seed)
+    # Experts in int4 with a 16-bit scale for 32, the rest in int8; embedding and head once more for the MTP layer.
+    experts = sum(a * b * c for (a, b, c) in (s for s in expected_tensors(recipe.model).values() if len(s) == 3))
+    rest = count_params(recipe.model, mtp=True) - experts + 2 * recipe.model.vocab_size * recipe.model.hidden_size
+    assert (experts * 4.5 + rest * 8.5) / 8 < 40e6
+
+
+# Judging
+
+
+def test_judging_a_random_model(folder, models, tmp_path, capsys):
+    evaluate = load("evaluate")
+    run = tmp_path / "run"
+    run.mkdir()
+    log = [{"step": n, "loss": 5 - n, "tok_s": 64.0, "seconds": 1.0, "val_loss": 5.0 - n} for n in (1, 2, 3)]
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    arguments = [str(models["code"]), "--corpus", str(folder), "--run", str(run), "--twin", str(models["twin"])]
+    arguments += ["--twin-run", str(run), "--cases", "3", "--prompts", "2", "--threads", "1", "--limit-gb", "0"]
+    arguments += ["--tokens-per-step", "64", "--sequence-length", "32", "--out", str(tmp_path / "result")]
+    sys.argv = ["evaluate.py", *arguments]
+    evaluate.main()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["code"]["completion"].keys() == {
+        f"{kind} {way}" for kind in ("line", "rest", "function") for way in ("plain", "fim")
+    }
+    assert all(found[3] == 3 for found in result["code"]["completion"].values())
+    assert 5 < result["code"]["held_out"]["nats_per_token"] < 8  # ln 640 = 6.46
+    assert set(result["twin"]["speed"]) == {"shoal", "llama.cpp"}
+    for speed in (*result["code"]["speed"].values(), *result["twin"]["speed"].values()):
+        assert speed["tokens_produced"] == 2 * speed["tokens_each"] and speed["ms_median"] > 0
+    assert result["code"]["speed"]["shoal, look-ahead"]["drafted"] > 0
+    per_token = [point[0] / point[0] for point in result["curves"]["code"]]
+    assert per_token == [1.0, 1.0, 1.0] and len(result["ratios"]) == 2
+    assert "ms a completion, llama.cpp" in capsys.readouterr().out
+
+
+def test_curves_are_compared_at_equal_loss():
+    ratios = load("evaluate").ratios
+    ours, twins = [(10.0, 1.0, 4.0), (20.0, 2.0, 3.0)], [(10.0, 1.0, 5.0), (30.0, 2.0, 3.5), (90.0, 4.0, 2.5)]
+    first, second = ratios(ours, twins)
+    assert first["twin_flops_ratio"] == pytest.approx((10 + 20 * (1.0 / 1.5)) / 10)
+    assert second["twin_flops_ratio"] == pytest.approx((30 + 60 * 0.5) / 20)
+    assert second["twin_seconds_ratio"] == pytest.approx(3 / 2)
+
+
+def test_wilson():
+    share, low, high = load("evaluate").wilson(8, 10)
+    assert (share, round(low, 4), round(high, 4)) == (0.8, 0.4902, 0.9433)
+
+
+def case(**parts: Any) -> Any:
+    return load("cases").Case(**({"kind": "line", "package": "p", "path": "x", "suffix": "", "expected": ""} | parts))
+
+
+def test_prompts_hold_both_sides_of_the_gap(tokenizer):
+    cases, vocabulary = load("cases"), load("vocabulary")
+    asked = case(prefix="a = 1\n" * 200, suffix="\nb = 2\n" * 200)
+    plain = cases.prompt_ids(asked, tokenizer, 64, with_suffix=False)
+    assert len(plain) == 64 and plain[0] == 0 and tokenizer.decode(plain).endswith("a = 1\n")
+    ids = cases.prompt_ids(asked, tokenizer, 64, with_suffix=True)
+    begin, hole, end = (tokenizer.token_id(m) for m in (vocabulary.FIM_BEGIN, vocabulary.FIM_HOLE, vocabulary.FIM_END))
+    assert len(ids) == 64 and ids[:2] == [0, begin] and ids[-1] == end
+    at = ids.index(hole)
+    assert tokenizer.decode(ids[:at]).endswith("a = 1\n") and tokenizer.decode(ids[at:]).startswith("\nb = 2")
+
+
+@pytest.mark.parametrize(
+    ("generated", "valid"),
+    [
+        ("        return 1\n\nx = (\n", True),
+        ("        return (1\n\nx\n", False),
+        ("        return 1\n        y = (", True),  # cut by the token limit
+        ("x = 1\n", False),
+    ],
+)
+def test_functions_are_judged_up_to_their_end(generated, valid):
+    asked = case(prefix="class A:\n    def f(\n        self,\n    ):\n", kind="function")
+    assert load("cases").is_valid_function(asked, generated) is valid
+
+
+def test_cases_are_real_gaps(tokenizer, folder):
+    documents = {
+        json.loads(line)["path"]: json.loads(line)["text"]
+        for line in (folder / "held_out.jsonl").read_text().splitlines()
+    }
+    cases = load("cases").draw_cases(folder, tokenizer, 20)
+    assert Counter(one.kind for one in cases) == {"line": 20, "rest": 20, "function": 20}
+    for one in cases:
+        whole = one.prefix + one.expected + one.suffix
+        assert whole == documents[one.path]
+        if one.kind == "function":
+            assert load("cases").is_valid_function(one, one.expected)
