@@ -30,6 +30,8 @@ VERBS = {
     "tune": "Tune a model on examples: adapters under a budget, or all weights.",
     "distil": "Teach a student model what a teacher model knows.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
+    "reshape": "Give a dense model DeepSeek-V3's attention, and experts if asked.",
+    "eval": "Score a model on tasks, with 95% intervals.",
     "data": "Turn text and code into training data: clean, dedupe, choose, pack, report.",
     "trace": "Record which experts each token goes to; sum a recording up or draw it.",
     "cost": "Count what training takes, before it starts: operations, memory, time and dollars.",
