@@ -4,7 +4,7 @@ Every point is measured as it comes out of the closed form, and again after heal
 are kept point by point in the work folder, and a healing run that was killed goes on, so the command can be repeated
 until it is done.
 
-    python benchmarks/reshape.py --points 194+192,192+96,106+44 --heal 106+44 --steps 4000
+    python benchmarks/reshape.py --points 194+192,192+96,104+44 --heal 104+44 --steps 4000
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", default="194+192,192+96,184+92,128+64,106+44,84+32", help="latent+rope, …")
+    parser.add_argument("--points", default="194+192,192+96,184+92,128+64,104+44,84+32", help="latent+rope, …")
     parser.add_argument("--heal", default="", help="the points that are healed, too")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=2)
