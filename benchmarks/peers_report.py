@@ -32,14 +32,14 @@ def write(
     """Write `peers_<cpu>_<date>.md` and `.json` into the folder `out`; an earlier report of the day is replaced."""
     machine = describe_machine()
     day = time.strftime("%Y-%m-%d", time.localtime(started))
-    stem = f"peers_{_slug(machine['cpu'])}_{day}{'_quick' if quick else ''}"
+    stem = f"peers_{slug(machine['cpu'])}_{day}{'_quick' if quick else ''}"
     out.mkdir(parents=True, exist_ok=True)
     facts = {
         "date": day,
         "command": command,
         "threads": threads,
         "machine": machine,
-        "commit": _commit(),
+        "commit": commit(),
         "llama_cpp": peer,
         "skipped": list(skipped),
         "results": list(results),
@@ -113,11 +113,11 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "no commit known"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,7 @@ def run(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Short name, Hugging Face folder or GGUF file.")
     ] = DEFAULT_MODEL,
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="A LoRA (PEFT folder) to run with it.")] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="Instructions before the conversation.")] = None,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy. Default: what the model recommends, else 0.")
@@ -63,7 +65,7 @@ def run(
         "seed": seed,
     }
     _sampling(given)  # a wrong number is cheaper to find before the model is loaded
-    llm = _load(model, max_context=max_context, threads=threads or settings.threads())
+    llm = _load(model, adapter=adapter, max_context=max_context, threads=threads or settings.threads())
     for name in ("temperature", "top_p", "top_k", "min_p"):
         if given[name] is None:
             given[name] = getattr(llm.generation, name)

@@ -20,6 +20,7 @@ def run(
     dtype: Annotated[
         str, typer.Option(help="keep, float32, float16 or bfloat16; for GGUF also block types such as q8_0.")
     ] = "keep",
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="A LoRA (PEFT folder) to merge.")] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace what is at DST.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -43,9 +44,9 @@ def run(
     started = time.perf_counter()
     with Meter(f"writing {dst}", human_bytes) as meter:
         if taken:
-            _replace(dst, lambda target: convert(path, target, dtype=dtype, progress=meter))
+            _replace(dst, lambda target: convert(path, target, dtype=dtype, progress=meter, adapter=adapter))
         else:
-            convert(path, dst, dtype=dtype, progress=meter)
+            convert(path, dst, dtype=dtype, progress=meter, adapter=adapter)
     seconds = time.perf_counter() - started
     size = dst.stat().st_size if dst.is_file() else sum(f.stat().st_size for f in dst.iterdir() if f.is_file())
     note(f"{dst}: {human_bytes(size)} in {seconds:.1f} s")

@@ -19,6 +19,7 @@ def run(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Short name, Hugging Face folder or GGUF file.")
     ] = DEFAULT_MODEL,
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="A LoRA (PEFT folder) to run with it.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     served_name: Annotated[
@@ -64,7 +65,9 @@ def run(
         note(f"shoal: ready, {llm.max_context} tokens of context, {human_bytes(peak_rss_bytes())} of memory", dim=False)
 
     stopped = serve(
-        lambda: LLM(path, max_context=max_context, threads=threads or settings.threads(), max_running=parallel),
+        lambda: LLM(
+            path, adapter=adapter, max_context=max_context, threads=threads or settings.threads(), max_running=parallel
+        ),
         name=name,
         sock=sock,
         parallel=parallel,

@@ -65,7 +65,7 @@ def run(
     )  # fmt: skip
     recipe = override(default_recipe(checkpoint, settings), changes or [])
     found = Data(recipe, checkpoint)
-    _describe(found)
+    describe_data(found)
     recipe = settle(recipe, found, steps=steps, epochs=epochs)
     if dry_run:
         show_recipe(recipe, as_json)
@@ -75,11 +75,11 @@ def run(
     use_threads()
     with Screen() as screen:
         outcome = tune(recipe, out, found, screen)
-    _show(outcome, out, as_json)
+    show_outcome(outcome, out, as_json)
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
-def _describe(data: Data) -> None:
+def describe_data(data: Data) -> None:
     report = data.report
     note(
         f"{report.sequences} sequences, {human_count(report.tokens)} tokens, {human_count(report.learnt)} of them "
@@ -89,7 +89,7 @@ def _describe(data: Data) -> None:
         note(f"{report.cut} sequences lost their end to sequence_length, {report.dropped} with it every answer")
 
 
-def _show(outcome: Outcome, out: Path, as_json: bool) -> None:
+def show_outcome(outcome: Outcome, out: Path, as_json: bool) -> None:
     record = outcome.record or {}
     facts = {
         "step": outcome.step,

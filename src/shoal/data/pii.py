@@ -35,6 +35,7 @@ _ASSIGNED_HINTS = ("key", "token", "secret", "passw")
 _CARD = re.compile(r"(?<![\w.-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)")
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?!\w)")
 _PHONE = re.compile(r"(?<![\w+.])\+[1-9]\d{0,2}(?:[ .-]?\(?\d{1,4}\)?){2,5}(?!\w)")
+CARD_LENGTHS = {3: (14, 15, 16), 4: (13, 16, 19), 5: (16,), 6: (16, 17, 18, 19)}  # by first digit
 MIN_RANDOM = 3.3  # bits a character from which an assigned string looks like a secret rather than a word
 
 
@@ -105,7 +106,7 @@ def _is_public(found: str) -> bool:
 
 def _is_card(found: str) -> bool:
     digits = [int(char) for char in found if char.isdigit()]
-    if len(set(digits)) < 4 or digits[0] not in (3, 4, 5, 6):
+    if len(set(digits)) < 4 or len(digits) not in CARD_LENGTHS.get(digits[0], ()):
         return False
     doubled = [
         digit if i % 2 == 0 else (2 * digit - 9 if digit > 4 else 2 * digit) for i, digit in enumerate(digits[::-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,11 +217,14 @@ def _choose(folder: Path, recipe: Recipe, key: str, notice: Notice) -> None:
 
 
 def _tokenizer(folder: Path, recipe: Recipe) -> Path | None:
-    """The folder's own copy of the tokenizer, made or trained if it is not there yet."""
+    """The folder's own copy of the tokenizer, made or trained if it is not there yet.
+
+    It learns from everything but duplicates: a selection must not change what a token is.
+    """
     target = folder / "tokenizer"
     if not recipe.tokenizer and not recipe.vocab_size:
         return None
-    origin = {"tokenizer": recipe.tokenizer, "vocab_size": recipe.vocab_size}
+    origin = {"tokenizer": recipe.tokenizer, "vocab_size": recipe.vocab_size, "near": recipe.near_duplicates}
     marker = folder / "done" / "tokenizer.json"
     if marker.is_file() and json.loads(marker.read_bytes()) == origin and target.is_dir():
         return target
@@ -229,18 +232,21 @@ def _tokenizer(folder: Path, recipe: Recipe) -> Path | None:
         pack.keep_tokenizer(folder, recipe.tokenizer)
     else:
         assert recipe.vocab_size is not None
-        train_on_folder(folder, target, vocab_size=recipe.vocab_size, seed=recipe.seed)
+        verdicts = (duplicates.ATTRIBUTES,)
+        train_on_folder(folder, target, vocab_size=recipe.vocab_size, seed=recipe.seed, verdicts=verdicts)
     _write_json(marker, origin)
     return target
 
 
-def train_on_folder(folder: Path, target: Path, *, vocab_size: int, seed: int) -> None:
-    """Train a tokenizer on what the verdicts of a folder keep, or on a sample of it."""
+def train_on_folder(
+    folder: Path, target: Path, *, vocab_size: int, seed: int, verdicts: Sequence[str] | None = None
+) -> None:
+    """Train a tokenizer on what the verdicts (by default all) of a folder keep, or on a sample of it."""
     import shutil
 
     shards = store.shard_numbers(folder)
     total = sum(sum(store.read_attributes(folder, clean.ATTRIBUTES, shard)["characters"]) for shard in shards)
-    kept = (document for shard in shards for document in store.read_kept(folder, shard))
+    kept = (document for shard in shards for document in store.read_kept(folder, shard, verdicts=verdicts))
     shutil.rmtree(target, ignore_errors=True)
     vocabulary.train_tokenizer(vocabulary.sampled(kept, total, seed=seed), target, vocab_size=vocab_size)
 

@@ -39,7 +39,8 @@ def run_on_ray(
         finish(shard)
         return shard
 
-    remote = ray.remote(num_cpus=1, max_retries=RETRIES, **({"memory": memory} if memory and not mine else {}))(work)
+    reserved: dict[str, Any] = {"memory": memory} if memory and not mine else {}
+    remote: Any = ray.remote(num_cpus=1, max_retries=RETRIES, **reserved)(work)
     try:
         waiting = [remote.remote(shard) for shard in shards]
         while waiting:

@@ -119,6 +119,9 @@ def run_stage(
         done += 1
         if progress is not None:
             progress(done, len(shards))
+    if left:
+        for rest in stage.folder.rglob(".*.partial"):  # of workers that were killed
+            rest.unlink(missing_ok=True)
     return [stage.ledger(shard) or {} for shard in shards]
 
 

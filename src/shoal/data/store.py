@@ -144,9 +144,11 @@ def verdict_names(folder: Path) -> list[str]:
     return sorted(found, key=lambda name: (VERDICT_ORDER.index(name) if name in VERDICT_ORDER else 99, name))
 
 
-def read_kept(folder: Path, shard: int, attributes: Iterable[str] = ()) -> Iterator[Document]:
-    """Documents of a shard that no verdict drops."""
-    names = verdict_names(folder)
+def read_kept(
+    folder: Path, shard: int, attributes: Iterable[str] = (), *, verdicts: Iterable[str] | None = None
+) -> Iterator[Document]:
+    """Documents of a shard that none of the verdicts drops, by default none of all there are."""
+    names = verdict_names(folder) if verdicts is None else list(verdicts)
     for document in read_shard(folder, shard, [*names, *(name for name in attributes if name not in names)]):
         if reason_of(document, names) is None:
             yield document

@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,7 @@ class Core:
         look_ahead: guess one token ahead with the model's multi-token-prediction layer, if it has one.
         step_tokens, mixed_tokens: see `Scheduler`; they change speed, never results.
         moments: to be filled with what every matrix meets (`plan.write_plan`), for calibration.
+        shared: packed matrices of another core that this one need not hold again, by the names in `Plan.weights`.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Core:
         step_tokens: int = STEP_TOKENS,
         mixed_tokens: int = MIXED_TOKENS,
         moments: Moments | None = None,
+        shared: Mapping[str, Any] | None = None,
     ) -> None:
         if cache not in CACHES:
             raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
@@ -114,8 +117,9 @@ class Core:
         check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens, look_ahead=look_ahead)
         self.threads = threads or usable_cpus()
         plan = write_plan(
-            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead, moments=moments
-        )
+            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead, moments=moments,
+            weights=shared,
+        )  # fmt: skip
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes

@@ -20,6 +20,7 @@ from shoal.engine.routing import OnRouting
 from shoal.engine.sampler import Sampler
 from shoal.engine.sequence import Sequence as Running
 from shoal.errors import RequestError
+from shoal.formats.adapter import load_adapter, merge
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
 
 Message = Mapping[str, Any]
@@ -42,6 +43,7 @@ class LLM:
         max_running: most requests that run at once; others wait for their turn.
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
         look_ahead: guess one token ahead with the model's own multi-token-prediction layer, if it has one; the same.
+        adapter: a PEFT folder of a LoRA, merged into the weights as they are packed.
 
     Raises:
         UnknownModelError, FileError, ConfigError: the model cannot be opened, with the reason; one is that it needs
@@ -62,6 +64,8 @@ class LLM:
         max_running: int = 64,
         speculate: int = 0,
         look_ahead: bool = False,
+        adapter: str | Path | None = None,
+        _shared: Mapping[str, Any] | None = None,
     ) -> None:
         _check_range("max_context", max_context, 1, None)
         _check_range("threads", threads, 1, MAX_THREADS)
@@ -69,6 +73,14 @@ class LLM:
         _check_range("max_running", max_running, 1, None)
         _check_range("speculate", speculate, 0, MAX_SPECULATE)
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_resolve(model))
+        self._base = checkpoint
+        if adapter is not None:
+            checkpoint = merge(checkpoint, load_adapter(adapter))
+        self._options: dict[str, Any] = {
+            "max_context": max_context, "threads": threads, "weights": weights, "cache": cache,
+            "activations": activations, "cache_tokens": cache_tokens, "max_running": max_running,
+            "speculate": speculate, "look_ahead": look_ahead,
+        }  # fmt: skip
         self._checkpoint = checkpoint
         self.path = checkpoint.path
         self.name = (
@@ -94,8 +106,27 @@ class LLM:
         self._core = Core(
             checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
             cache_tokens=cache_tokens, max_running=max_running, known_ids=known_ids,
-            look_ahead=look_ahead,
+            look_ahead=look_ahead, shared=_shared,
         )  # fmt: skip
+
+    def with_adapter(self, adapter: str | Path) -> LLM:
+        """The model it was opened from with a LoRA, beside this one: matrices that both have alike are held once.
+
+        Each has a cache of its own. What a matrix costs anew is in `weight_bytes` of the adapted one.
+        """
+        merged = merge(self._base, load_adapter(adapter))
+        changed = tuple(
+            name.removesuffix(".weight")
+            for name, t in merged.tensors.items()
+            if t is not self._checkpoint.tensors[name]
+        )
+        shared = {name: packed for name, packed in self._core.plan.weights.items() if not name.startswith(changed)}
+        return LLM(self._base, adapter=adapter, _shared=shared, **self._options)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights that this model holds and does not share."""
+        return self._core.weight_bytes
 
     # ---- whole answers
 

@@ -8,7 +8,7 @@ Letters: T tokens of a step, D model, N heads, H nope, R rope, C latent, V value
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -110,6 +110,7 @@ def write_plan(
     look_ahead: bool = False,
     moments: Moments | None = None,
     states_of: Plan | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Pack the weights and write the operations of one forward pass.
 
@@ -121,6 +122,7 @@ def write_plan(
             [count, cols + 1] to which every step adds the squares of each input column and, last, the number of inputs.
         states_of: a plan of the same checkpoint whose weights this one shares; in place of logits it gives the states
             after the final norm [T, D], exactly, as a head that is the identity does.
+        weights: packed matrices of another plan that are this one's too, by `Plan.weights`' names.
     """
     checkpoint.check_complete()
     config = checkpoint.config
@@ -131,7 +133,7 @@ def write_plan(
     engine = native.Engine(threads, wide, wide)
     out = _Writer(
         checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments,
-        weights={} if states_of is None else states_of.weights,
+        weights=dict(weights or {}) if states_of is None else states_of.weights,
     )  # fmt: skip
     hidden = out.buffer("hidden", config.hidden_size)
     table = out.matrix("model.embed_tokens.weight")

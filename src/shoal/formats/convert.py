@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shoal.errors import FileError
+from shoal.formats.adapter import load_adapter, merge
 from shoal.formats.checkpoint import open_checkpoint
 from shoal.formats.hf_save import DTYPE_CODES, Progress, save_folder
 from shoal.formats.safetensors import MAX_SHARD_BYTES
@@ -17,6 +18,7 @@ def convert(
     dtype: str = "keep",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    adapter: str | Path | None = None,
 ) -> None:
     """Write the model at `src`, a Hugging Face folder or a GGUF file, to `dst`.
 
@@ -26,6 +28,7 @@ def convert(
             that `gguf_writer.write_gguf` knows, in either case.
         max_shard_bytes: a folder's safetensors are split into files of about this size.
         progress: called with the bytes written so far and in all.
+        adapter: a PEFT folder of a LoRA that is merged into the weights.
 
     Raises:
         ShoalError: see `open_checkpoint`, `save_folder` and `write_gguf`. Nothing half-written is left behind.
@@ -34,6 +37,8 @@ def convert(
     if dst.suffix == ".gguf" and dst.exists():
         raise FileError(dst, "already exists")
     checkpoint = open_checkpoint(src)
+    if adapter is not None:
+        checkpoint = merge(checkpoint, load_adapter(adapter))
     if dst.suffix == ".gguf":
         from shoal.formats.gguf_writer import write_gguf
 

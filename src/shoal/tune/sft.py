@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -124,7 +124,10 @@ def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Exa
     )
 
 
-def settle(recipe: TuneRecipe, data: Data, *, steps: int | None, epochs: float) -> TuneRecipe:
+AnyTune = TypeVar("AnyTune", bound=TuneRecipe)
+
+
+def settle(recipe: AnyTune, data: Data, *, steps: int | None, epochs: float) -> AnyTune:
     """The recipe laid out over `steps`, or over `epochs` of the data where nobody said a number."""
     if steps is None:
         steps = recipe.steps if recipe.steps < 1 << 30 else math.ceil(epochs * len(data.rows) / recipe.batch)

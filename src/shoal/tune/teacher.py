@@ -101,17 +101,6 @@ def write_answers(
     return len(examples), accepted
 
 
-def read_answers(path: Path) -> list[Example]:
-    """The accepted answers of `write_answers`, as examples."""
-    out = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        record = orjson.loads(line)
-        if record["accepted"]:
-            fields = {name: record[name] for name in ("messages", "prompt", "completion", "tools") if name in record}
-            out.append(Example(**fields, line=number))
-    return out
-
-
 def _answered(path: Path) -> dict[int, bool]:
     """Examples that have a line already; a half-written last line is cut off."""
     if not path.exists():

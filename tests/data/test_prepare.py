@@ -1,0 +1,284 @@
+"""Whole runs: the same bytes from any number of workers, after any interruption, within the memory that was given."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.data import texts
+
+from shoal.data import store
+from shoal.data.document import Document, Reject
+from shoal.data.plan import Source
+from shoal.data.prepare import pack_folder, prepare, read_recipe
+from shoal.data.recipe import Recipe, load_recipe
+from shoal.data.run import Machine, WorkerError
+from shoal.data.shards import open_shards
+from shoal.data.steps import filtering, standard_steps
+from shoal.data.vocabulary import load_tokenizer
+from shoal.errors import ConfigError, FileError
+
+SECRET = "jane.doe@mail.company.org"
+ALONE = Machine(workers=1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A corpus with planted faults, in two files and a source tree."""
+    folder = tmp_path_factory.mktemp("source")
+    rng = random.Random(0)
+    english = texts.english()
+    rows = [{"text": text} for text in english]
+    rows += [{"text": english[i]} for i in range(5)]  # exact copies
+    rows += [{"text": texts.edited(english[i], 0.02, rng)} for i in range(5, 10)]  # near copies
+    rows += [{"text": "".join(rng.choices("abcdefghij0123456789+/", k=4000))} for _ in range(4)]  # noise
+    rows += [{"text": f"Buy now number {i}. " * 60} for i in range(4)]  # repetition
+    rows.append({"text": english[20] + f" Write to {SECRET} for more."})
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows[:90])) + '\n{"text": "cut\n{"no": "text"}\n')
+    (folder / "b.jsonl").write_text("\n".join(map(json.dumps, rows[90:])))
+    for name, text in list(texts.code().items())[:30]:
+        (folder / "code").mkdir(exist_ok=True)
+        (folder / "code" / name).write_text(text)
+    return folder
+
+
+def recipe(source: Path, **options) -> Recipe:
+    options = {"vocab_size": 600, "shard_bytes": 60_000, "near_duplicates": 0.7, **options}
+    return Recipe(sources=(Source(path=source, name="all"),), **options)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a result; markers and the page, too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def result(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("result") / "out"
+    prepare(recipe(source), folder, ALONE)
+    return folder
+
+
+def test_what_comes_out(source, result):
+    summary = json.loads((result / "summary.json").read_bytes())
+    dropped = {reason: row[0] for steps in (summary["clean"], summary["pack"]) for one in steps["dropped"].values()
+               for reason, row in one.items()}  # fmt: skip
+    assert dropped["the line is not JSON"] == 1
+    assert dropped["the row has no field 'text'"] == 1
+    assert dropped["duplicate: exact"] >= 5
+    assert dropped["duplicate: near"] >= 5
+    assert sum(row for reason, row in dropped.items() if reason.startswith("gopher")) >= 8
+    assert summary["clean"]["masked"]["EMAIL"] >= 1
+    assert list(summary["clean"]["steps"]) == ["read", "normalise", "licence", "language", "quality", "privacy"]
+    for steps in (summary["clean"]["steps"], summary["pack"]["steps"]):
+        for name, (before, _, after, _) in steps.items():
+            lost = {**summary["clean"]["dropped"], **summary["pack"]["dropped"]}.get(name, {})
+            if name != "read":
+                assert before - after == sum(row[0] for row in lost.values()), name
+    kept = [d for shard in store.shard_numbers(result) for d in store.read_kept(result, shard)]
+    assert not any(SECRET in d.text for d in kept)
+    assert {d.metadata["source"] for d in kept} == {"all"}
+    assert all(re.fullmatch("[0-9a-f]{32}", d.metadata["hash"]) for d in kept)
+    tokenizer = load_tokenizer(str(result / "tokenizer"))
+    shards = open_shards(result / "tokens")
+    assert shards.num_documents == len(kept)
+    assert shards.provenance["recipe"]["seed"] == 0
+    first = shards.read(0, shards.document_end(0))[0].tolist()
+    assert first[-1] == tokenizer.eos_token_ids[0]
+    assert tokenizer.decode(first[:-1]) == kept[0].text
+    rejects = [json.loads(line) for path in (result / "rejects").iterdir() for _, line, _ in read_lines(path)]
+    assert sorted((row["line"], row["step"]) for row in rejects) == [(91, "read"), (92, "read")]
+
+
+def read_lines(path):
+    from shoal.data.streams import read_lines
+
+    return read_lines(path, limit=1 << 20)
+
+
+def test_workers_change_no_byte(source, result, tmp_path):
+    prepare(recipe(source), tmp_path / "out", Machine(workers=2))
+    assert content(tmp_path / "out") == content(result)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(source, result, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import sys, os, signal; from pathlib import Path\n"
+        "from shoal.data import run, prepare, recipe; from shoal.data.plan import Source\n"
+        "def notice(stage, done, total):\n"
+        "    if stage == 'clean' and done == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"sources = (Source(path=Path({str(source)!r}), name='all'),)\n"
+        "r = recipe.Recipe(sources=sources, vocab_size=600, shard_bytes=60_000)\n"
+        f"prepare.prepare(r, {str(out)!r}, run.Machine(workers=1), notice=notice)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    markers = sorted((out / "done/clean").iterdir())
+    assert len(markers) == 2
+    (out / "documents/.00002.jsonl.zst.0123abcd.partial").write_text("what a killed worker leaves")
+    before = markers[0].stat().st_mtime_ns
+    prepare(recipe(source), out, ALONE)
+    assert markers[0].stat().st_mtime_ns == before
+    assert content(out) == content(result)
+    stages: list[str] = []
+    prepare(recipe(source), out, ALONE, notice=lambda stage, *_: stages.append(stage))
+    assert stages == ["report"]  # nothing is done twice
+    assert content(out) == content(result)
+
+
+def test_later_fields_may_change_others_not(source, result, tmp_path):
+    out = tmp_path / "out"
+    prepare(recipe(source, vocab_size=None), out, ALONE)
+    assert not (out / "tokens").exists()
+    stages: list[str] = []
+    prepare(recipe(source, band=(0.1, 0.9)), out, ALONE, notice=lambda stage, *_: stages.append(stage))
+    assert "clean" not in stages
+    banded = open_shards(out / "tokens").num_documents
+    assert banded < open_shards(result / "tokens").num_documents
+    prepare(recipe(source), out, ALONE)
+    assert content(out / "tokens") == content(result / "tokens")
+    with pytest.raises(FileError, match=r"another recipe \(rules differ\)"):
+        prepare(recipe(source, rules=("c4",)), out, ALONE)
+    (source / "new.txt").write_text("new")
+    try:
+        with pytest.raises(FileError, match="files were added, removed or changed"):
+            prepare(recipe(source), out, ALONE)
+    finally:
+        (source / "new.txt").unlink()
+
+
+def test_a_new_verdict_packs_less(source, result, tmp_path):
+    out = tmp_path / "out"
+    prepare(recipe(source), out, ALONE)
+    for shard in store.shard_numbers(out):
+        rows = list(store.read_shard(out, shard))
+        store.write_verdict(out, "select", shard, [None if i % 2 else "select: not chosen" for i in range(len(rows))])
+    again = pack_folder(out, ALONE)
+    assert 0 < again.kept < open_shards(result / "tokens").num_documents
+    assert open_shards(out / "tokens").num_documents == again.kept
+
+
+def test_a_pipeline_of_ones_own(source, tmp_path):
+    prepare(recipe(source, vocab_size=None), tmp_path / "out", Machine(workers=2), steps=only_short)
+    kept = list(store.read_folder(tmp_path / "out"))
+    assert kept
+    assert max(len(d.text) for d in kept) < 2000
+    summary = json.loads((tmp_path / "out/summary.json").read_bytes())
+    assert "long" in summary["clean"]["dropped"]["short"]
+
+
+def only_short(recipe: Recipe):
+    return [
+        *standard_steps(recipe)[:1],
+        ("short", filtering("short", lambda d: "long" if len(d.text) >= 2000 else None)),
+    ]
+
+
+def test_rejects_on_demand_and_permissive_licences(source, tmp_path):
+    prepare(recipe(source, vocab_size=None, keep_rejects=True, licences="permissive"), tmp_path / "out", ALONE)
+    rejects = [
+        Reject(**json.loads(line)) for path in (tmp_path / "out/rejects").iterdir() for _, line, _ in read_lines(path)
+    ]
+    assert {r.reason for r in rejects if r.step == "licence"} == {"licence: unknown"}
+    assert all(r.text for r in rejects if r.step == "licence")
+
+
+def test_strict_stops_at_the_first_bad_line(source, tmp_path):
+    with pytest.raises(FileError, match=r"a\.jsonl: line 91: the line is not JSON"):
+        prepare(recipe(source, strict=True), tmp_path / "out", ALONE)
+
+
+def test_memory_is_checked_and_holds(tmp_path):
+    with pytest.raises(ConfigError, match="memory: must be at least"):
+        Machine(memory=100 << 20).share(1 << 20)
+    assert Machine(workers=8, memory=1 << 30).share(1 << 20)[0] == 2
+    text = "\n".join(json.dumps({"text": f"{i} " + texts.english()[i % 100] * 3}) for i in range(700))
+    (tmp_path / "big.jsonl").write_text(text)
+    code = (
+        "from pathlib import Path\n"
+        "from shoal.data import run, prepare, recipe; from shoal.data.plan import Source\n"
+        "if __name__ == '__main__':\n"
+        f"    r = recipe.Recipe(sources=(Source(path=Path({str(tmp_path / 'big.jsonl')!r})),), max_document=1 << 20,\n"
+        "        shard_bytes=1 << 19, rules=('gopher',))\n"
+        f"    prepare.prepare(r, {str(tmp_path / 'out')!r}, run.Machine(workers=2, memory=900 << 20))\n"
+    )
+    (tmp_path / "go.py").write_text(code)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "go.py")])
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, tree_bytes(process.pid))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    assert 0 < peak < 900 << 20
+
+
+def tree_bytes(pid: int) -> int:
+    """Resident bytes of a process and its children, shared pages counted once."""
+    import psutil
+
+    try:
+        every = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        return sum(one.memory_full_info().pss for one in every)
+    except psutil.Error:
+        return 0
+
+
+def test_a_worker_out_of_memory_is_named(source, tmp_path):
+    with pytest.raises(WorkerError, match="memory"):
+        prepare(recipe(source), tmp_path / "out", Machine(workers=1, memory=700 << 20), steps=greedy)
+
+
+def greedy(recipe: Recipe):
+    def take(document: Document) -> None:
+        document.attributes["much"] = bytearray(2 << 30)
+
+    return [("greedy", filtering("greedy", take))]
+
+
+def test_a_killed_worker_is_named(source, tmp_path):
+    with pytest.raises(WorkerError, match="was killed"):
+        prepare(recipe(source), tmp_path / "out", Machine(workers=2), steps=deadly)
+
+
+def deadly(recipe: Recipe):
+    return [("deadly", filtering("deadly", lambda document: os.kill(os.getpid(), 9)))]
+
+
+def test_recipe_files(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'rules = ["gopher", "code"]\nnear-duplicates = 0.8\nband = [0.1, 0.9]\n'
+        '[[sources]]\npath = "texts"\nlicence = "CC0-1.0"\nversion = "2"\n[[sources]]\npath = "more.jsonl"\n'
+    )
+    found = load_recipe(path)
+    assert found.sources[0] == Source(path=tmp_path / "texts", licence="CC0-1.0", version="2")
+    assert (found.rules, found.near_duplicates, found.band) == (("gopher", "code"), 0.8, (0.1, 0.9))
+    for text, message in (
+        ('rulez = ["c4"]', "rulez: unknown field, did you mean rules"),
+        ('sources = ["a"]\nrules = ["x"]', "rules: must be of"),
+        ("sources = [1]", "each of sources must be a path"),
+        ("sources = []", "sources: must name at least one"),
+        ('sources = ["a", "b/a"]', "two are called 'a'"),
+        ('sources = ["a"]\nband = [0.9, 0.1]', "band: must be two rising numbers"),
+        ('sources = ["a"]\nseed = ', "is not valid TOML"),
+        ('sources = ["a"]\nnear_duplicates = "x"', "wrong type"),
+    ):
+        path.write_text(text)
+        with pytest.raises((FileError, ConfigError), match=message):
+            load_recipe(path)
+
+
+def test_the_folder_remembers_its_recipe(source, result):
+    assert read_recipe(result) == recipe(source)
+    with pytest.raises(FileError, match=r"holds no recipe\.json"):
+        read_recipe(source)
+    with pytest.raises(FileError, match="not empty"):
+        prepare(recipe(source), source, ALONE)

@@ -1,0 +1,55 @@
+"""Adapters in the engine: merged as the weights are packed, and beside the model without holding it twice."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from shoal.engine import LLM  # noqa: E402
+from shoal.formats.adapter import load_adapter, merge, save_adapter  # noqa: E402
+from shoal.formats.checkpoint import open_checkpoint  # noqa: E402
+from shoal.formats.convert import convert  # noqa: E402
+from shoal.model import load_model  # noqa: E402
+from shoal.tune.adapters import as_adapter, attach  # noqa: E402
+
+IDS = [5, 700, 41, 9, 33000, 2]
+OPTIONS = {"threads": 1, "weights": "f32", "cache": "f32", "cache_tokens": 256}
+
+
+@pytest.fixture
+def adapter(small_llama, tmp_path):
+    model = load_model(open_checkpoint(small_llama))
+    factors = attach(model, {"model.layers.1.self_attn.o_proj": (2,), "model.layers.1.mlp.up_proj": (1,)})
+    with torch.no_grad():
+        for one in factors.values():
+            one.b.normal_(generator=torch.Generator().manual_seed(0))
+    save_adapter(as_adapter(factors), model.config, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def expected(folder, adapter):
+    with torch.no_grad():
+        return load_model(merge(open_checkpoint(folder), load_adapter(adapter)))(torch.tensor([IDS]))[0].numpy()
+
+
+def test_the_engine_runs_a_model_with_its_adapter(small_llama, adapter):
+    wanted = expected(small_llama, adapter)
+    assert abs(LLM(small_llama, adapter=adapter, **OPTIONS).logits(IDS) - wanted).max() < 1e-4 * abs(wanted).max()
+
+
+def test_side_by_side_they_share_what_the_adapter_leaves_alone(small_llama, adapter):
+    llm = LLM(small_llama, **OPTIONS)
+    before = llm.logits(IDS)
+    tuned = llm.with_adapter(adapter)
+    assert abs(tuned.logits(IDS) - expected(small_llama, adapter)).max() < 1e-4 * abs(before).max()
+    assert abs(before - tuned.logits(IDS)).max() > 0.01
+    assert (llm.logits(IDS) == before).all()
+    assert 0 < tuned.weight_bytes < 0.02 * llm.weight_bytes  # two matrices, against all and a large vocabulary
+
+
+def test_convert_merges(small_llama, adapter, tmp_path):
+    convert(small_llama, tmp_path / "merged", adapter=adapter)
+    with torch.no_grad():
+        found = load_model(open_checkpoint(tmp_path / "merged"))(torch.tensor([IDS]))[0].numpy()
+    assert abs(found - expected(small_llama, adapter)).max() < 1e-5
