@@ -13,7 +13,9 @@ from shoal.cli.data import parse_size
 from shoal.errors import ConfigError
 
 Shoal = Callable[..., Result]
-TEXT = " ".join(f"Sentence {i} of the text that we have to be there with says a thing of its own, word{i}." for i in range(12))
+TEXT = " ".join(
+    f"Sentence {i} of the text that we have to be there with says a thing of its own, word{i}." for i in range(12)
+)
 
 
 @pytest.fixture
@@ -25,7 +27,9 @@ def rows(tmp_path: Path) -> Path:
 
 def test_prepare_report_pack_and_tokenizer(shoal: Shoal, rows: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    done = shoal("data", "prepare", str(rows), "--out", out, "--near", "0", "--rules", "none", "--workers", "1", "--json")
+    done = shoal(
+        "data", "prepare", str(rows), "--out", out, "--near", "0", "--rules", "none", "--workers", "1", "--json"
+    )
     assert done.code == 0, done.err
     assert json.loads(done.out) == {"folder": out, "read": 8, "kept": 8, "tokens": 0, "unreadable": 0}
     page = (tmp_path / "out/report.html").read_text()

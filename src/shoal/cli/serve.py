@@ -36,6 +36,10 @@ def run(
     ] = 30,
     max_context: Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and answer together.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
+    trace_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Record which experts the tokens go to (see `shoal trace`).")
+    ] = None,
+    trace_text: Annotated[bool, typer.Option("--trace-text", help="Keep the tokens in those recordings.")] = False,
 ) -> None:
     """Serve a model over HTTP with the OpenAI API.
 
@@ -50,12 +54,14 @@ def run(
         -d '{"messages": \\[{"role": "user", "content": "Hello"}]}'
     """
     from shoal import hub, settings
+    from shoal.cli.trace import Traces
     from shoal.engine import LLM
     from shoal.server.run import bind, serve
 
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
     name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
     sock = bind(host, port)
+    traces = Traces(trace_dir, keep_text=trace_text)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{sock.getsockname()[1]}"
 
@@ -65,8 +71,14 @@ def run(
         note(f"shoal: ready, {llm.max_context} tokens of context, {human_bytes(peak_rss_bytes())} of memory", dim=False)
 
     stopped = serve(
-        lambda: LLM(
-            path, adapter=adapter, max_context=max_context, threads=threads or settings.threads(), max_running=parallel
+        lambda: traces.watch(
+            LLM(
+                path,
+                adapter=adapter,
+                max_context=max_context,
+                threads=threads or settings.threads(),
+                max_running=parallel,
+            )
         ),
         name=name,
         sock=sock,
@@ -77,6 +89,7 @@ def run(
         on_start=lambda: note(f"shoal: listening on {address} (loading {name})", dim=False),
         on_ready=ready,
     )
+    traces.close()
     note("shoal: stopped", dim=False)
     if not stopped:
         sys.stderr.flush()
