@@ -13,8 +13,8 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers bench-reshape bench-train sanitize \
-	sanitize-native races arm clean
+.PHONY: help setup setup-run run build test check format bench bench-peers bench-reshape bench-train bench-data \
+	sanitize sanitize-native races arm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,12 @@ bench-reshape: setup ## a real model with ever smaller latent attention, before 
 
 bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+# The peer has an environment of its own: it wants other versions. Debian: apt-get install linux-doc-6.1, for a corpus.
+bench-data: setup ## curation beside datatrove, turn by turn: minutes, or ARGS="--quick"
+	test -x build/datatrove/bin/python || $(PYTHON) -m venv build/datatrove
+	build/datatrove/bin/python -m pip install -q "datatrove>=0.10" orjson tokenizers regex "xxhash<4" nltk spacy fasteners
+	$(BIN)/python benchmarks/data.py --peer-python build/datatrove/bin/python $(ARGS)
 
 bench-train: setup ## training beside transformers, turn by turn: ten minutes, or ARGS="--sides shoal,eager"
 	$(BIN)/python benchmarks/train.py $(ARGS)

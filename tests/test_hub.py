@@ -427,7 +427,7 @@ def test_where_models_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_settings_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SHOAL_THREADS", "SHOAL_DEBUG", "HF_ENDPOINT", "SHOAL_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    assert settings.threads() is settings.hub_endpoint() is settings.api_key() is None
+    assert settings.threads() is settings.hub_endpoint() is None
     assert settings.debug() is False
     for name, good, bad, read in (
         ("SHOAL_THREADS", ("4", 4), ("0", "-1", "2.5", "many", "99999", "٣"), settings.threads),

@@ -71,7 +71,7 @@ def recipe() -> Recipe:
         batch=8,
         micro_batch=4,
         data=DataSettings(folder=None, held_out=HELD_OUT),
-        optimiser=OptimiserSettings(optimiser="muon", lr=2e-3, weight_decay=0.1),
+        optimiser=OptimiserSettings(optimiser="muon", lr=3e-3, weight_decay=0.1),
         schedule=ScheduleSettings(kind="wsd", warmup=100, decay=0.25),
         losses=LossSettings(mtp_weight=0.3, balance_weight=1e-4),
         checkpoint=CheckpointSettings(every=100, keep=2),

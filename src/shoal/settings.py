@@ -7,6 +7,32 @@ from pathlib import Path
 
 from shoal.errors import ConfigError
 
+# The twins of `shoal serve`'s flags, which the command line reads through Typer; a flag wins. Spaces separate several
+# keys or origins.
+SERVE_FLAGS = {
+    "model": "SHOAL_MODEL",
+    "adapter": "SHOAL_ADAPTER",
+    "host": "SHOAL_HOST",
+    "port": "SHOAL_PORT",
+    "served-name": "SHOAL_SERVED_NAME",
+    "api-key": "SHOAL_API_KEY",
+    "api-key-file": "SHOAL_API_KEY_FILE",
+    "admin-key": "SHOAL_ADMIN_KEY",
+    "without-key": "SHOAL_WITHOUT_KEY",
+    "cors-origin": "SHOAL_CORS_ORIGIN",
+    "parallel": "SHOAL_PARALLEL",
+    "max-queue": "SHOAL_MAX_QUEUE",
+    "request-seconds": "SHOAL_REQUEST_SECONDS",
+    "drain-seconds": "SHOAL_DRAIN_SECONDS",
+    "price-per-hour": "SHOAL_PRICE_PER_HOUR",
+    "max-context": "SHOAL_MAX_CONTEXT",
+    "threads": "SHOAL_THREADS",
+    "log": "SHOAL_LOG",
+    "log-prompts": "SHOAL_LOG_PROMPTS",
+    "trace-dir": "SHOAL_TRACE_DIR",
+    "trace-text": "SHOAL_TRACE_TEXT",
+}
+
 
 def isa() -> str | None:
     """`SHOAL_ISA`: the instruction set of the CPU kernels (scalar, avx2, avx512, neon); None: the machine's best."""
@@ -35,11 +61,6 @@ def threads() -> int | None:
     if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:9]) <= 4096:
         raise ConfigError("SHOAL_THREADS", f"must be a whole number from 1 to 4096, got {text!r}")
     return int(text)
-
-
-def api_key() -> str | None:
-    """`SHOAL_API_KEY`: the key that clients of `shoal serve` must present; None asks for none."""
-    return os.environ.get("SHOAL_API_KEY") or None
 
 
 def debug() -> bool:

@@ -17,10 +17,11 @@ import pytest
 import uvicorn
 
 from shoal.engine import Chunk, SamplingParams, Stats, TokenLogprob
+from shoal.engine.core import Load
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import GenerationDefaults
-from shoal.server.app import create_app
-from shoal.server.run import bind
+from shoal.server.app import Policy, create_app
+from shoal.server.run import bind, uvicorn_config
 from shoal.server.service import Service
 from shoal.server.worker import EngineWorker
 
@@ -126,7 +127,13 @@ class FakeLLM:
         self.running: list[FakeGeneration] = []
         self.most_running = 0
         self.finished = 0
+        self.machine_seconds = 0.0
+        self.expert_load = None
         self.step_error: Exception | None = None
+
+    @property
+    def load(self) -> Load:
+        return Load(running=0, waiting=0, pages=4, pages_in_use=1)
 
     def encode_chat(self, messages: Any, *, tools: Any = None, options: Any = None) -> list[int]:
         self.messages, self.options = list(messages), dict(options or {})
@@ -172,6 +179,7 @@ class FakeLLM:
             completion_tokens=min(limit, len(raw)),
             prompt_seconds=0.1,
             decode_seconds=0.1,
+            machine_seconds=self.machine_seconds,
         )
         self.finished += generate
         yield Chunk(text=held.decode(errors="replace"), finish_reason=reason, stats=stats)
@@ -207,11 +215,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(load: Callable[[], Any], *, ready: bool = True, **options: Any) -> Iterator[Running]:
+def running(
+    load: Callable[[], Any],
+    *,
+    ready: bool = True,
+    policy: Policy | None = None,
+    price_per_hour: float | None = None,
+    **options: Any,
+) -> Iterator[Running]:
     worker = EngineWorker(load, **options)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(Service(name="fake", worker=worker)), log_level="error", timeout_graceful_shutdown=5)
-    )
+    app = create_app(Service(name="fake", worker=worker, price_per_hour=price_per_hour), policy)
+    server = uvicorn.Server(uvicorn_config(app, drain_seconds=5))
     sock = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

@@ -139,7 +139,9 @@ def test_sigterm_lets_the_running_answers_finish_and_exits_0(smollm: Server) -> 
             assert '"finish_reason":"length"' in rest[-2]
     code, out, err = smollm.ended()
     assert (code, out) == (0, "")
-    assert re.fullmatch(r"shoal: ready, 8192 tokens of context, .* of memory\nshoal: stopped\n", err)
+    assert re.fullmatch(
+        r"shoal: ready, 8192 tokens of context, .* of memory\n(shoal: request .*\n)*shoal: stopped\n", err
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

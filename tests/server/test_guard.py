@@ -6,7 +6,8 @@ import pytest
 from starlette.testclient import TestClient
 from tests.server.conftest import FakeLLM, wait_for
 
-from shoal.server.app import create_app
+from shoal.server.app import Policy, create_app
+from shoal.server.keys import Keys
 from shoal.server.page.routes import OPEN_PATHS
 from shoal.server.service import Service
 from shoal.server.worker import EngineWorker
@@ -17,7 +18,10 @@ KEY = "sk-gehe1m-ü"
 @pytest.fixture
 def client() -> TestClient:
     worker = EngineWorker(FakeLLM)  # type: ignore[arg-type]
-    return TestClient(create_app(Service(name="fake", worker=worker), api_key=KEY), base_url="http://127.0.0.1")
+    return TestClient(
+        create_app(Service(name="fake", worker=worker), Policy(keys=Keys(["sk-other-key", KEY]))),
+        base_url="http://127.0.0.1",
+    )
 
 
 def test_every_route_but_health_asks_for_the_key(client: TestClient) -> None:
@@ -60,6 +64,6 @@ def test_hosts_of_a_loopback_server(client: TestClient) -> None:
 
 
 def test_an_open_server_answers_to_any_name() -> None:
-    app = create_app(Service(name="fake", worker=EngineWorker(FakeLLM)), hosts=None)  # type: ignore[arg-type]
+    app = create_app(Service(name="fake", worker=EngineWorker(FakeLLM)), Policy(hosts=None))  # type: ignore[arg-type]
     with TestClient(app, base_url="http://box.example") as client:
         assert client.get("/version").status_code == 200

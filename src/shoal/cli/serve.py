@@ -4,93 +4,142 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from shoal.cli.console import DEFAULT_MODEL, human_bytes, note
+from shoal.errors import ConfigError
+from shoal.settings import SERVE_FLAGS
 
 if TYPE_CHECKING:
     from shoal.engine import LLM
+    from shoal.server.app import Policy
+
+
+class LogKind(str, Enum):
+    text = "text"
+    json = "json"
+    none = "none"
+
+
+def _flag(flag: str, text: str, *names: str, **limits: Any) -> Any:
+    """A flag with its twin in the environment."""
+    return typer.Option(*names, envvar=SERVE_FLAGS[flag], help=text, **limits)
 
 
 def run(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Short name, Hugging Face folder or GGUF file.")
-    ] = DEFAULT_MODEL,
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="A LoRA (PEFT folder) to run with it.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    served_name: Annotated[
-        str | None, typer.Option(help="The model's name in the API. Default: the short name, or the file's name.")
-    ] = None,
-    parallel: Annotated[
-        int, typer.Option(min=1, max=1024, help="Most answers that are written at once, token by token together.")
-    ] = 32,
-    max_queue: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Most requests that wait; more get 429 and Retry-After.")
-    ] = 64,
+    model: Annotated[str, _flag("model", "Short name, folder or GGUF file.", "--model", "-m")] = DEFAULT_MODEL,
+    adapter: Annotated[Path | None, _flag("adapter", "A LoRA (PEFT folder) to run with it.", metavar="DIR")] = None,
+    host: Annotated[str, _flag("host", "Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
+    port: Annotated[int, _flag("port", "Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    served_name: Annotated[str | None, _flag("served-name", "Its name in the API; else its own.")] = None,
+    api_key: Annotated[list[str] | None, _flag("api-key", "A key that opens every route; may be repeated.")] = None,
+    api_key_file: Annotated[Path | None, _flag("api-key-file", "A file with keys, one a line.")] = None,
+    admin_key: Annotated[list[str] | None, _flag("admin-key", "What /metrics asks for instead.")] = None,
+    without_key: Annotated[bool, _flag("without-key", "Open to the network, keyless.", "--without-key")] = False,
+    cors_origin: Annotated[list[str] | None, _flag("cors-origin", "A site whose pages may ask; * is any.")] = None,
+    parallel: Annotated[int, _flag("parallel", "Most answers written at once.", min=1, max=1024)] = 32,
+    max_queue: Annotated[int, _flag("max-queue", "Most requests that wait; more get 429.", min=0, max=100_000)] = 64,
+    request_seconds: Annotated[int, _flag("request-seconds", "Most that a request may take.", min=1)] = 3600,
     drain_seconds: Annotated[
-        int, typer.Option(min=0, max=86_400, help="After SIGTERM, how long running answers may take to finish.")
+        int, _flag("drain-seconds", "How long SIGTERM lets answers go on.", min=0, max=86_400)
     ] = 30,
-    max_context: Annotated[int | None, typer.Option(min=1, help="Most tokens of prompt and answer together.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.")] = None,
+    price_per_hour: Annotated[float | None, _flag("price-per-hour", "The machine's price in dollars.", min=0)] = None,
+    max_context: Annotated[int | None, _flag("max-context", "Most tokens of prompt and answer.", min=1)] = None,
+    threads: Annotated[int | None, _flag("threads", "CPU threads.", min=1, max=1024)] = None,
+    log: Annotated[LogKind, _flag("log", "A line for each request, as text or JSON, or none.")] = LogKind.text,
+    log_prompts: Annotated[bool, _flag("log-prompts", "Log the bodies of requests too.", "--log-prompts")] = False,
     trace_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Record which experts the tokens go to (see `shoal trace`).")
+        Path | None, _flag("trace-dir", "Record which experts the tokens go to.", metavar="DIR")
     ] = None,
-    trace_text: Annotated[bool, typer.Option("--trace-text", help="Keep the tokens in those recordings.")] = False,
+    trace_text: Annotated[bool, _flag("trace-text", "Keep the tokens in those recordings.", "--trace-text")] = False,
 ) -> None:
     """Serve a model over HTTP with the OpenAI API.
 
-    POST /v1/chat/completions and /v1/completions, GET /v1/models, /health, /version. The socket opens before the model
-    is loaded: /health answers 503 until then. SIGTERM or Ctrl-C finishes the running answers and exits 0. With
-    SHOAL_API_KEY set, every route but /health asks for that key.
+    POST /v1/chat/completions, /v1/completions, /v1/embeddings, /tokenize, /detokenize; GET /v1/models, /health,
+    /version, /metrics, /openapi.json, and a page at /. The socket opens before the model is loaded: /health answers 503
+    until then. SIGTERM or Ctrl-C finishes the running answers and exits 0. With a key, every route but /health and the
+    page's own files asks for it.
 
     [bold]Examples[/bold]
       shoal serve
       shoal serve --model ./DeepSeek-V2-Lite-Chat --port 8080
+      shoal serve --host 0.0.0.0 --api-key-file keys.txt --log json
       curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"messages": \\[{"role": "user", "content": "Hello"}]}'
     """
-    from shoal import hub, settings
+    from shoal import hub
     from shoal.cli.trace import Traces
     from shoal.engine import LLM
     from shoal.server.run import bind, serve
 
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
     name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
+    keys = _Keys(api=api_key or [], file=api_key_file, admin=admin_key or [], without=without_key)
+    policy = _policy(host, keys, cors_origin or [], log, log_prompts)
     sock = bind(host, port)
-    traces = Traces(trace_dir, keep_text=trace_text)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{sock.getsockname()[1]}"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    say, traces = _Voice(log), Traces(trace_dir, keep_text=trace_text)
 
-    def ready(llm: LLM) -> None:
-        from shoal.cli.machine import peak_rss_bytes
-
-        note(f"shoal: ready, {llm.max_context} tokens of context, {human_bytes(peak_rss_bytes())} of memory", dim=False)
+    def load() -> LLM:
+        return traces.watch(LLM(path, adapter=adapter, max_context=max_context, threads=threads, max_running=parallel))
 
     stopped = serve(
-        lambda: traces.watch(
-            LLM(
-                path,
-                adapter=adapter,
-                max_context=max_context,
-                threads=threads or settings.threads(),
-                max_running=parallel,
-            )
-        ),
-        name=name,
-        sock=sock,
-        parallel=parallel,
-        max_queue=max_queue,
-        drain_seconds=drain_seconds,
-        api_key=settings.api_key(),
-        on_start=lambda: note(f"shoal: listening on {address} (loading {name})", dim=False),
-        on_ready=ready,
-    )
+        load,
+        name=name, sock=sock, parallel=parallel, max_queue=max_queue, request_seconds=request_seconds,
+        drain_seconds=drain_seconds, price_per_hour=price_per_hour, policy=policy,
+        on_start=lambda: say(f"listening on {address} (loading {name})", "listening", url=address, model=name),
+        on_ready=say.ready,
+    )  # fmt: skip
     traces.close()
-    note("shoal: stopped", dim=False)
+    say("stopped", "stopped")
     if not stopped:
         sys.stderr.flush()
         os._exit(0)
+
+
+class _Keys(NamedTuple):
+    api: list[str]
+    file: Path | None
+    admin: list[str]
+    without: bool
+
+
+def _policy(host: str, keys: _Keys, origins: list[str], log: LogKind, log_prompts: bool) -> Policy:
+    """Who may ask. ConfigError where that would be everybody on the network, unless that was said."""
+    from shoal.server.app import Policy
+    from shoal.server.keys import Keys, read_keys
+    from shoal.server.run import is_loopback
+
+    known = Keys([*keys.api, *(read_keys(keys.file) if keys.file is not None else [])])
+    if not (known or keys.without or is_loopback(host)):
+        raise ConfigError("host", f"{host} opens the server to the network: give an --api-key, or say --without-key")
+    return Policy(
+        keys=known, admin_keys=Keys(keys.admin, name="admin-key"), origins=frozenset(origins), log=log.value,
+        log_prompts=log_prompts,
+    )  # fmt: skip
+
+
+class _Voice:
+    """Says what happens to the server, in the form of its log."""
+
+    def __init__(self, kind: LogKind) -> None:
+        self._kind = kind
+
+    def __call__(self, text: str, event: str, **fields: object) -> None:
+        from shoal.server.journal import log as write_log
+
+        if self._kind is LogKind.json:
+            write_log("json", event, **fields)
+        else:
+            note(f"shoal: {text}", dim=False)
+
+    def ready(self, llm: LLM) -> None:
+        from shoal.cli.machine import peak_rss_bytes
+
+        memory = peak_rss_bytes()
+        text = f"ready, {llm.max_context} tokens of context, {human_bytes(memory)} of memory"
+        self(text, "ready", max_context=llm.max_context, memory_bytes=memory)

@@ -66,6 +66,9 @@ class Recipe:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ConfigError("sources", f"two are called {twice!r}; give one another name in a recipe file")
+        kind = next((source.kind for source in self.sources if source.kind not in (None, "text", "code")), None)
+        if kind is not None:
+            raise ConfigError("kind", f"must be text or code, got {kind!r}")
         if self.licences not in ("any", "permissive"):
             raise ConfigError("licences", f"must be any or permissive, got {self.licences!r}")
         if not 0 <= self.near_duplicates <= 1:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from shoal import settings
 from shoal.engine.core import Core, Load
 from shoal.engine.embedding import MAX_EMBEDDING_TOKENS, Embedder
+from shoal.engine.expert_load import ExpertLoad
 from shoal.engine.generation import Generation
 from shoal.engine.grammar import Grammars
 from shoal.engine.outputs import Chunk, Completion, TokenLogprob
@@ -27,6 +28,7 @@ Message = Mapping[str, Any]
 DEFAULT_CACHE_TOKENS = 32768
 MAX_THREADS = 1024
 MAX_SPECULATE = 64
+SAMPLED = 16  # of so many requests one shows its routing to `expert_load`
 
 
 class LLM:
@@ -100,6 +102,8 @@ class LLM:
         self.max_context = min(self.max_context, cache_tokens)
         # Called for each request that is prepared; what it returns hears where the request's tokens go (`shoal.trace`).
         self.trace: Callable[[], OnRouting] | None = None
+        self.expert_load: ExpertLoad | None = None  # set it to have a sample of requests counted
+        self._num_sequences = 0
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
         known_ids = min(self.tokenizer.vocab_size, self.config.vocab_size)
         self._grammars = Grammars(self.tokenizer, known_ids, tuple(self._eos))
@@ -270,8 +274,16 @@ class LLM:
         return Running(
             tokens=ids, prompt_tokens=len(ids), params=params, sampler=sampler,
             max_tokens=budget if params.max_tokens is None else min(params.max_tokens, budget), eos=self._eos,
-            draft_length=self.speculate, on_routing=[self.trace()] if self.trace is not None else [],
+            draft_length=self.speculate, on_routing=self._watchers(),
         )  # fmt: skip
+
+    def _watchers(self) -> list[OnRouting]:
+        """Who hears where the next sequence's tokens go."""
+        out = [self.trace()] if self.trace is not None else []
+        self._num_sequences += 1
+        if self.expert_load is not None and self._num_sequences % SAMPLED == 1:
+            out.append(self.expert_load.add)
+        return out
 
     def _prompt_ids(self, prompt: str | Sequence[int], *, room: int) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

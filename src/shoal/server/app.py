@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,6 +18,10 @@ import shoal
 from shoal.errors import ShoalError
 from shoal.server.errors import ApiError, handle_crash, handle_error, json_response
 from shoal.server.guard import LOOPBACK, Guard
+from shoal.server.journal import Journal
+from shoal.server.keys import Keys
+from shoal.server.metrics import CONTENT_TYPE
+from shoal.server.openapi import document
 from shoal.server.page.routes import page_routes
 from shoal.server.routes_chat import chat_completions
 from shoal.server.routes_completions import completions
@@ -24,14 +30,29 @@ from shoal.server.routes_tokens import detokenize, tokenize
 from shoal.server.service import Service, service_of
 
 
-def create_app(service: Service, *, hosts: frozenset[str] | None = LOOPBACK, api_key: str | None = None) -> Starlette:
-    """The ASGI application. The model loads on the worker's thread while the routes already answer.
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Who may ask, and what is written down.
 
-    Args:
-        service: the model and the worker that will load it.
+    Attributes:
         hosts: names that the Host header may carry; None allows any.
-        api_key: the key that every route but /health asks for; None asks for none.
+        keys: what every route but /health and the page's files asks for; None asks for none.
+        admin_keys: what /metrics asks for instead.
+        origins: of pages elsewhere that may ask; `*` is any.
+        log: `text`, `json` or `none`; `log_prompts` adds the bodies of requests.
     """
+
+    hosts: frozenset[str] | None = LOOPBACK
+    keys: Keys | None = None
+    admin_keys: Keys | None = None
+    origins: frozenset[str] = frozenset()
+    log: str = "none"
+    log_prompts: bool = False
+
+
+def create_app(service: Service, policy: Policy | None = None) -> Starlette:
+    """The ASGI application. The model loads on the worker's thread while the routes already answer."""
+    policy = policy or Policy()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -53,9 +74,11 @@ def create_app(service: Service, *, hosts: frozenset[str] | None = LOOPBACK, api
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/version", version, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
             *page_routes(),
         ],
-        middleware=[Middleware(Guard, hosts=hosts, api_key=api_key)],
+        middleware=_middleware(policy),
         exception_handlers={
             **dict.fromkeys((HTTPException, ApiError, ShoalError, MemoryError), handle_error),
             Exception: handle_crash,
@@ -65,6 +88,23 @@ def create_app(service: Service, *, hosts: frozenset[str] | None = LOOPBACK, api
     app.router.redirect_slashes = False
     app.state.service = service
     return app
+
+
+def _middleware(policy: Policy) -> list[Middleware]:
+    """The outermost first: the log sees everything, and a browser's question whether it may ask carries no key."""
+    out = [Middleware(Journal, kind=policy.log, prompts=policy.log_prompts)]
+    if policy.origins:
+        out.append(
+            Middleware(
+                CORSMiddleware, allow_origins=sorted(policy.origins), allow_methods=["GET", "POST"],
+                allow_headers=["authorization", "content-type", "x-request-id"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        )  # fmt: skip
+    guard = Middleware(
+        Guard, hosts=policy.hosts, keys=policy.keys, admin_keys=policy.admin_keys, origins=policy.origins
+    )
+    return [*out, guard]
 
 
 async def list_models(request: Request) -> Response:
@@ -86,6 +126,16 @@ async def health(request: Request) -> Response:
 
 async def version(request: Request) -> Response:
     return json_response({"version": shoal.__version__})
+
+
+async def metrics(request: Request) -> Response:
+    service = service_of(request)
+    text = service.worker.metrics.text(service.worker, service.price_per_hour)
+    return Response(text, media_type=CONTENT_TYPE)
+
+
+async def openapi(request: Request) -> Response:
+    return json_response(document())
 
 
 def _model_card(service: Service) -> dict[str, object]:

@@ -31,9 +31,13 @@ async def read_json(request: Request) -> Any:
         raise ApiError(400, "the body ended early", code="invalid_json") from None
     try:
         # orjson refuses NaN, lone surrogates and invalid UTF-8, and bounds the nesting.
-        return orjson.loads(raw)
+        body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    note = request.scope["note"]
+    if note["wants_body"]:
+        note["body"] = body
+    return body
 
 
 async def _read(request: Request) -> bytes:

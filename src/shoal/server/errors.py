@@ -15,6 +15,7 @@ from starlette.responses import Response
 from shoal.errors import RequestError, ShoalError
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
+TYPES |= {504: "timeout_error"}
 CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 
 
@@ -75,7 +76,9 @@ def as_api_error(error: BaseException) -> ApiError:
 
 async def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for the errors that are foreseen."""
-    return as_api_error(error).response()
+    answer = as_api_error(error)
+    request.app.state.service.worker.metrics.refused[answer.code or str(answer.status)] += 1
+    return answer.response()
 
 
 async def handle_crash(request: Request, error: Exception) -> Response:

@@ -129,6 +129,7 @@ class SamplingRequest(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     ignore_eos: bool | None = None
+    timeout: float | None = Field(default=None, gt=0)  # seconds, the wait included; Shoal's own
     routing: bool | None = None  # Shoal's own: see server.routing
     best_of: int | None = None
     user: str | None = None

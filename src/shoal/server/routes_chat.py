@@ -23,6 +23,7 @@ from shoal.server.service import (
     Service,
     checked_grammar,
     naming,
+    note_of,
     service_of,
     shown_logprob,
     timings,
@@ -53,8 +54,8 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     llm = service.engine_for(body.model)
     plan = await anyio.to_thread.run_sync(_prepare, service, llm, body)
-    results = service.worker.submit(plan.generations)
-    reply = _Reply(service, body, plan)
+    results = service.worker.submit(plan.generations, seconds=body.timeout)
+    reply = _Reply(request, body, plan)
     if body.stream:
         return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
@@ -175,8 +176,9 @@ class _Choice:
 class _Reply:
     """The answer to one request: events for a stream, one body otherwise."""
 
-    def __init__(self, service: Service, request: ChatRequest, plan: _Plan) -> None:
-        self._service = service
+    def __init__(self, http: Request, request: ChatRequest, plan: _Plan) -> None:
+        self._service = service = service_of(http)
+        self._note: dict[str, Any] = http.scope["note"]
         self._head = service.head("chatcmpl", "chat.completion.chunk" if request.stream else "chat.completion")
         self._plan = plan
         self._request = request
@@ -246,6 +248,7 @@ class _Reply:
             self._service, stats, choices_per_prompt=self._request.num_choices,
             reasoning=sum(choice.reasoning_tokens for choice in choices),
         )  # fmt: skip
+        self._note.update(note_of(counted))
         return {"usage": counted, "timings": timings(stats)}
 
 

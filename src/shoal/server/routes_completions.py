@@ -24,6 +24,7 @@ from shoal.server.service import (
     Service,
     checked_grammar,
     naming,
+    note_of,
     service_of,
     shown_logprob,
     timings,
@@ -40,8 +41,8 @@ async def completions(request: Request) -> Response:
     service = service_of(request)
     llm = service.engine_for(body.model)
     generations, echoes = await anyio.to_thread.run_sync(_prepare, service, llm, body)
-    results = service.worker.submit(generations)
-    reply = _Reply(service, body, echoes)
+    results = service.worker.submit(generations, seconds=body.timeout)
+    reply = _Reply(request, body, echoes)
     if body.stream:
         return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
@@ -124,8 +125,9 @@ class _Choice:
 class _Reply:
     """The answer to one request: events for a stream, one body otherwise."""
 
-    def __init__(self, service: Service, request: CompletionRequest, echoes: list[str]) -> None:
-        self._service = service
+    def __init__(self, http: Request, request: CompletionRequest, echoes: list[str]) -> None:
+        self._service = service = service_of(http)
+        self._note: dict[str, Any] = http.scope["note"]
         self._head = service.head("cmpl", "text_completion")
         self._request = request
         self._echoes = echoes
@@ -167,6 +169,7 @@ class _Reply:
     def _counts(self) -> dict[str, Any]:
         stats = [choice.stats for _, choice in sorted(self._choices.items()) if choice.stats is not None]
         counted = usage(self._service, stats, choices_per_prompt=self._request.num_choices)
+        self._note.update(note_of(counted))
         return {"usage": counted, "timings": timings(stats)}
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from shoal.engine import LLM
-from shoal.server.app import create_app
+from shoal.engine.expert_load import ExpertLoad
+from shoal.server.app import Policy, create_app
 from shoal.server.guard import LOOPBACK
+from shoal.server.protocol_http import MAX_HEAD_BYTES, PatientProtocol
 from shoal.server.service import Service
 from shoal.server.worker import EngineWorker
 
 DRAIN_SECONDS = 30
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection, which else may meet its end with a request
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -32,6 +38,15 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def uvicorn_config(app: ASGIApp, *, drain_seconds: int) -> uvicorn.Config:
+    """One connection's manners: bounds on heads and idleness, no log but our own."""
+    return uvicorn.Config(
+        app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=drain_seconds,
+        http=PatientProtocol, h11_max_incomplete_event_size=MAX_HEAD_BYTES, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        ws="none", lifespan="on",
+    )  # fmt: skip
+
+
 def serve(
     load: Callable[[], LLM],
     *,
@@ -39,16 +54,18 @@ def serve(
     sock: socket.socket,
     parallel: int = 32,
     max_queue: int = 64,
+    request_seconds: float = float("inf"),
     drain_seconds: int = DRAIN_SECONDS,
-    api_key: str | None = None,
+    price_per_hour: float | None = None,
+    policy: Policy | None = None,
     on_start: Callable[[], None] | None = None,
     on_ready: Callable[[LLM], None] | None = None,
 ) -> bool:
     """Serve one model on a listening socket until SIGTERM or SIGINT, then finish what runs and return.
 
     The socket answers (503) while the model loads. A second SIGINT ends at once. `on_start` is called when signals are
-    handled and the loading begins, `on_ready` (on another thread) when it is done. `parallel` and `max_queue` are
-    those of `EngineWorker`.
+    handled and the loading begins, `on_ready` (on another thread) when it is done. `parallel`, `max_queue` and
+    `request_seconds` are those of `EngineWorker`; a server on a loopback address answers to loopback names only.
 
     Returns:
         False if the engine's thread could not be stopped because it is still loading. It is a daemon, but Python cannot
@@ -60,6 +77,8 @@ def serve(
 
     def load_and_tell() -> LLM:
         llm = load()
+        if llm.config.moe is not None:
+            llm.expert_load = ExpertLoad(llm.config)
         if on_ready is not None:
             on_ready(llm)
         return llm
@@ -67,14 +86,14 @@ def serve(
     def give_up() -> None:
         server.should_exit = True
 
-    worker = EngineWorker(load_and_tell, parallel=parallel, max_queue=max_queue, on_failure=give_up)
-    host = sock.getsockname()[0]
-    hosts = LOOPBACK if host in LOOPBACK else None
-    app = create_app(Service(name=name, worker=worker), hosts=hosts, api_key=api_key)
-    config = uvicorn.Config(
-        app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=drain_seconds
+    worker = EngineWorker(
+        load_and_tell, parallel=parallel, max_queue=max_queue, seconds=request_seconds, on_failure=give_up
     )
-    server = uvicorn.Server(config)
+    hosts = LOOPBACK if is_loopback(sock.getsockname()[0]) else None
+    app = create_app(
+        Service(name=name, worker=worker, price_per_hour=price_per_hour), replace(policy or Policy(), hosts=hosts)
+    )
+    server = uvicorn.Server(uvicorn_config(app, drain_seconds=drain_seconds))
     with _quiet_signals(give_up), sock:
         if on_start is not None:
             on_start()
@@ -82,6 +101,14 @@ def serve(
     if worker.error is not None:
         raise worker.error
     return not worker.alive
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own; `localhost` is."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager

@@ -84,6 +84,7 @@ async def whole_answer(
     try:
         if await unless_disconnected(request.receive, collect()):
             return json_response(body())
+        results.count_cancelled()
         return Response(status_code=499)  # nobody is there to read it
     finally:
         results.cancel()
@@ -128,6 +129,12 @@ def usage(service: Service, stats: Sequence[Stats], *, choices_per_prompt: int, 
         seconds = sum(stat.machine_seconds for stat in stats)
         out["cost_usd"] = round(seconds * service.price_per_hour / 3600, 12)
     return out
+
+
+def note_of(usage: Mapping[str, Any]) -> dict[str, Any]:
+    """What the log says of an answer."""
+    out = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "cost_usd") if name in usage}
+    return {**out, "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]}
 
 
 def timings(stats: Sequence[Stats]) -> dict[str, Any]:

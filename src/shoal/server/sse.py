@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import orjson
@@ -16,6 +17,7 @@ from shoal.server.worker import Results
 T = TypeVar("T")
 
 PING_SECONDS = 15.0
+SEND_SECONDS = 30.0  # how long a client may leave its socket full
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -38,18 +40,34 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._results = results
         self._make_events = make_events
+        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def stream() -> None:
+        async def stream() -> bool:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for piece in self._pieces():
+                self._sending_since = time.monotonic()
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
+                self._sending_since = None
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return True
 
+        work = asyncio.ensure_future(stream())
+        watch = asyncio.ensure_future(self._watch(work))
         try:
-            await unless_disconnected(receive, stream())
+            if await unless_disconnected(receive, work) is None:
+                self._results.count_cancelled()
         finally:
+            watch.cancel()
             self._results.cancel()
+
+    async def _watch(self, work: asyncio.Future[bool]) -> None:
+        """Give up a client that has not read for a while: its answer would go on to cost time for nobody."""
+        while True:
+            await asyncio.sleep(SEND_SECONDS / 4)
+            if self._sending_since is not None and time.monotonic() - self._sending_since > SEND_SECONDS:
+                work.cancel()
+                return
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         try:
@@ -67,13 +85,13 @@ class EventStream(Response):
         yield DONE
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T | None:
     """The result of `work`, or None if the client went away first, in which case `work` is cancelled."""
     job = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return job.result() if job.done() else None
+        return job.result() if job.done() and not job.cancelled() else None
     finally:
         job.cancel()
         gone.cancel()

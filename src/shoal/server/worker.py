@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
-from shoal.engine import LLM
+from shoal.engine import LLM, Chunk
 from shoal.server.errors import ApiError
+from shoal.server.metrics import Metrics
 
 Piece = tuple[int, Any]  # number of the choice, and what it produced: a Chunk, if it is a generation
 _END = object()
@@ -40,12 +41,19 @@ class Results(AsyncIterator[Piece]):
     def __init__(self, worker: EngineWorker, generations: Sequence[Work]) -> None:
         self.generations = generations
         self.failed: Exception | None = None
+        self.asked_at = time.perf_counter()
         self.started_at = 0.0
+        self.deadline = float("inf")
         self.loop = asyncio.get_running_loop()
         self._worker = worker
         self._items: deque[Any] = deque()
         self._arrived = asyncio.Event()
+        self._last_at: list[float] = [0.0] * len(generations)  # of each choice's newest token
         self._finished = False
+
+    def count_cancelled(self) -> None:
+        """The client left before the end."""
+        self._worker.metrics.cancelled += 1
 
     def cancel(self) -> None:
         """Give up, from any thread: a waiting request leaves the queue, a running one gives its pages back."""
@@ -62,19 +70,36 @@ class Results(AsyncIterator[Piece]):
         except Exception as error:  # this request fails, the thread lives
             self.failed = error
 
-    def collect(self) -> list[Any]:
+    def collect(self, now: float) -> list[Any]:
         """On the engine's thread: what is new, ending with what ended it: an exception or the mark of the end."""
+        if self.failed is None and now > self.deadline:
+            self.failed = late()
         if self.failed is not None:
             return [self.failed]
         items: list[Any] = []
         try:
             for index, generation in enumerate(self.generations):
-                items.extend((index, chunk) for chunk in generation.ready())
+                for chunk in generation.ready():
+                    items.append((index, chunk))
+                    if isinstance(chunk, Chunk):
+                        self._measure(index, chunk, now)
         except Exception as error:
             return [*items, error]
         if all(generation.done for generation in self.generations):
             items.append(_END)
         return items
+
+    def _measure(self, index: int, chunk: Chunk, now: float) -> None:
+        metrics, last = self._worker.metrics, self._last_at[index]
+        if chunk.token_ids:
+            if last:
+                metrics.inter_token_seconds.add((now - last) / len(chunk.token_ids), len(chunk.token_ids))
+            else:
+                metrics.first_token_seconds.add(now - self.asked_at)
+            self._last_at[index] = now
+        if chunk.stats is not None and chunk.finish_reason is not None:
+            waited = self.started_at - self.asked_at
+            metrics.add_answer(chunk.stats, chunk.finish_reason, waited=waited, seconds=now - self.asked_at)
 
     def put(self, items: list[Any]) -> None:
         """On the event loop."""
@@ -113,6 +138,7 @@ class EngineWorker:
         load: makes the engine; called once, on the thread.
         parallel: most generations that run at once. A request with more of them than that runs alone.
         max_queue: most requests that wait for a place; more are refused with 429.
+        seconds: most that a request may take, the wait included; it then ends with 504, or an error event.
         on_failure: called on the thread if loading fails; `error` then says why.
     """
 
@@ -122,6 +148,7 @@ class EngineWorker:
         *,
         parallel: int = 32,
         max_queue: int = 64,
+        seconds: float = float("inf"),
         on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.error: Exception | None = None
@@ -129,6 +156,8 @@ class EngineWorker:
         self._on_failure = on_failure
         self._parallel = parallel
         self._max_queue = max_queue
+        self._seconds = seconds
+        self.metrics = Metrics()
         self._llm: LLM | None = None
         self._waiting: deque[Results] = deque()
         self._running: list[Results] = []
@@ -166,9 +195,11 @@ class EngineWorker:
             raise _unavailable(self.state)
         return self._llm
 
-    def submit(self, generations: Sequence[Work]) -> Results:
-        """Queue a request; its generations run side by side. ApiError 429: the queue is full; 503: not serving."""
+    def submit(self, generations: Sequence[Work], *, seconds: float | None = None) -> Results:
+        """Queue a request; its generations run side by side. `seconds`: less than the server's own limit, if given.
+        ApiError 429: the queue is full; 503: not serving."""
         results = Results(self, generations)
+        results.deadline = results.asked_at + min(self._seconds, self._seconds if seconds is None else seconds)
         with self._changed:
             if self.state in ("stopping", "failed"):
                 raise _unavailable(self.state)
@@ -240,8 +271,13 @@ class EngineWorker:
         """Wait for work, then one step."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
+            now = time.perf_counter()
+            late_ones = [results for results in self._waiting if now > results.deadline]
+            for results in late_ones:
+                self._waiting.remove(results)
+                results.failed = late()
             fresh = [self._waiting.popleft() for _ in range(self._num_startable())]
-            self._running.extend(fresh)
+            self._running.extend((*fresh, *late_ones))
         for results in fresh:
             results.start()
         self._step()
@@ -259,8 +295,9 @@ class EngineWorker:
         """Give each event loop, in one call, what the step brought to its requests."""
         news: dict[asyncio.AbstractEventLoop, list[tuple[Results, list[Any]]]] = {}
         ended: list[Results] = []
+        now = time.perf_counter()
         for results in self._running:
-            items = results.collect()
+            items = results.collect(now)
             if items:
                 news.setdefault(results.loop, []).append((results, items))
                 if items[-1] is _END or isinstance(items[-1], Exception):
@@ -288,6 +325,10 @@ class EngineWorker:
         for results in self._running:
             results.failed = _unavailable(self.state)
         self._hand_over()
+
+
+def late() -> ApiError:
+    return ApiError(504, "the request took longer than it may", code="deadline_exceeded")
 
 
 def _unavailable(state: str) -> ApiError:
