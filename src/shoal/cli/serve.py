@@ -52,9 +52,7 @@ def run(
     threads: Annotated[int | None, _flag("threads", "CPU threads.", min=1, max=1024)] = None,
     log: Annotated[LogKind, _flag("log", "A line for each request, as text or JSON, or none.")] = LogKind.text,
     log_prompts: Annotated[bool, _flag("log-prompts", "Log the bodies of requests too.", "--log-prompts")] = False,
-    trace_dir: Annotated[
-        Path | None, _flag("trace-dir", "Record which experts the tokens go to.", metavar="DIR")
-    ] = None,
+    trace_dir: Annotated[Path | None, _flag("trace-dir", "Record where the tokens go.", metavar="DIR")] = None,
     trace_text: Annotated[bool, _flag("trace-text", "Keep the tokens in those recordings.", "--trace-text")] = False,
 ) -> None:
     """Serve a model over HTTP with the OpenAI API.

@@ -67,8 +67,8 @@ def run(
 
 
 class Traces:
-    """What `shoal serve` records into a folder; nothing if there is none. Without `keep_text` the files tell nobody what
-    was asked."""
+    """What `shoal serve` records into a folder; nothing if there is none. Without `keep_text` the files do not
+    tell what was asked."""
 
     def __init__(self, folder: Path | None, *, keep_text: bool = False) -> None:
         self._folder, self._keep_text = folder, keep_text
