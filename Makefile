@@ -13,7 +13,7 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers bench-reshape bench-train bench-data \
+.PHONY: help setup setup-run run build test check format bench bench-peers bench-reshape bench-train bench-tune bench-data \
 	sanitize sanitize-native races arm clean
 
 help: ## this list
@@ -72,6 +72,9 @@ bench-reshape: setup ## a real model with ever smaller latent attention, before 
 
 bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+bench-tune: setup ## tuning beside transformers + PEFT, turn by turn; ARGS="--pairs 3"
+	$(BIN)/python benchmarks/tune.py speed $(ARGS)
 
 # The peer has an environment of its own: it wants other versions. Debian: apt-get install linux-doc-6.1, for a corpus.
 bench-data: setup ## curation beside datatrove, turn by turn: minutes, or ARGS="--quick"
