@@ -41,6 +41,7 @@ def run(llm: LLM, prompts: list[list[int]], gen: int, *, routing: bool = False) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -48,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.gguf"
         write_random(tiny(), "Q8_0", path)
-        llm = LLM(path, cache_tokens=1 << 16)
+        llm = LLM(path, cache_tokens=1 << 16, threads=args.threads)
         shape = Shape.of(llm.config, model=llm.name, started="")
         with Recorder(Path(folder) / "trace.parquet", shape, text=llm.tokenizer.token_bytes) as recorder:
             for name, (prompt, gen, batch) in CASES.items():
