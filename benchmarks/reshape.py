@@ -50,10 +50,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--int8", default="", help="the points that are measured with an int8 cache, too")
     parser.add_argument("--work", type=Path, default=Path("build/reshape"))
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--limit", type=int, default=1000, help="most items of a task")
     parser.add_argument("--only-heal", action="store_true", help="no measuring")
     args = parser.parse_args()
     if args.threads:
@@ -122,7 +123,7 @@ def measured(args: argparse.Namespace, name: str, checkpoint: Checkpoint, cache:
         return dict(json.loads(path.read_text()))
     say(f"measuring {name} with a cache in {cache}")
     llm = LLM(checkpoint, weights="f32", cache=cache, threads=args.threads, cache_tokens=8192)
-    scores = [one for task, limit in TASKS.items() for one in evaluate(llm, [task], limit=limit)]
+    scores = [one for task, limit in TASKS.items() for one in evaluate(llm, [task], limit=min(limit, args.limit))]
     config, tokens = checkpoint.config, 1 << 16
     cost = model_cost(config)
     row = {
