@@ -13,8 +13,8 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers bench-reshape bench-train bench-tune bench-data \
-	sanitize sanitize-native races arm clean
+.PHONY: help setup setup-run run build test check format bench bench-peers bench-trace bench-reshape bench-train bench-tune \
+	bench-data sanitize sanitize-native races arm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ bench-reshape: setup ## a real model with ever smaller latent attention, before 
 
 bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+bench-trace: setup ## what recording where tokens go costs, turn by turn
+	$(BIN)/python benchmarks/trace.py $(ARGS)
 
 bench-tune: setup ## tuning beside transformers + PEFT, turn by turn; ARGS="--pairs 3"
 	$(BIN)/python benchmarks/tune.py speed $(ARGS)
