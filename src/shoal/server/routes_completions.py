@@ -128,7 +128,7 @@ class _Reply:
     def __init__(self, http: Request, request: CompletionRequest, echoes: list[str]) -> None:
         self._service = service = service_of(http)
         self._note: dict[str, Any] = http.scope["note"]
-        self._head = service.head("cmpl", "text_completion")
+        self._head = service.head("cmpl", "text_completion", request.model)
         self._request = request
         self._echoes = echoes
         self._choices: dict[int, _Choice] = {}
