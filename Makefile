@@ -13,7 +13,7 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers bench-train sanitize races arm clean
+.PHONY: help setup setup-run run build test check format bench bench-peers bench-serve bench-train sanitize races arm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--mo
 
 bench-train: setup ## training beside transformers, turn by turn: ten minutes, or ARGS="--sides shoal,eager"
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+bench-serve: setup ## shoal serve under load beside llama-server: 20 minutes, or ARGS="--quick"
+	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 # First the check programs over exact heap blocks, then the Python tests on an extension built the same way.
 sanitize: setup ## everything native under AddressSanitizer and UndefinedBehaviorSanitizer
