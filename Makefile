@@ -13,7 +13,7 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers bench-serve bench-train sanitize races arm clean
+.PHONY: help setup setup-run run build test test-clients check format bench bench-peers bench-serve bench-train sanitize races arm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,11 @@ build: ## rebuild the extension in place, in seconds
 
 test: setup ## set up, then run every test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-clients: setup ## the server under litellm, langchain, lm-eval, schemathesis and openai for node (minutes to install)
+	$(PIP) -e '.[clients]' --no-build-isolation
+	command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix .node openai || true
+	$(BIN)/python -m pytest -q tests/server/test_clients.py
 
 check: setup ## what CI asks of the text: ruff, mypy, clang-format
 	$(BIN)/ruff check .
