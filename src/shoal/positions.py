@@ -34,6 +34,8 @@ def frequencies(rope: RopeConfig, dim: int) -> Floats:
         out_P = plain_P / factor
     elif scaling.rope_type == "llama3":
         out_P = _llama3(plain_P, scaling)
+    elif scaling.rope_type == "longrope":
+        out_P = one / (np.asarray(scaling.short_factor, np.float32) * turns_P)
     else:
         keep_P = one - _yarn_ramp(rope.rope_theta, scaling, dim)
         out_P = one / (factor * turns_P) * (one - keep_P) + plain_P * keep_P
@@ -41,11 +43,15 @@ def frequencies(rope: RopeConfig, dim: int) -> Floats:
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """What YaRN multiplies cosines and sines by: √t of the paper (§3.4), or a ratio that is 1 in DeepSeek's models."""
-    if scaling is None or scaling.rope_type != "yarn":
+    """What YaRN multiplies cosines and sines by: √t of the paper (§3.4), or a ratio that is 1 in DeepSeek's models.
+
+    LongRoPE (arXiv 2402.13753 §3.2) has a rule of its own."""
+    if scaling is None or scaling.rope_type not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
+    if scaling.rope_type == "longrope":
+        return math.sqrt(1 + math.log(scaling.factor) / math.log(_original_length(scaling)))
     if scaling.mscale and scaling.mscale_all_dim:
         return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
     return yarn_mscale(scaling.factor, 1.0)

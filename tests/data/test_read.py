@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -157,6 +158,19 @@ def test_a_source_tree(tmp_path):
     ]
     assert {d.metadata["licence"] for d in found} == {"MIT"}
     assert passed == {".png": 1}
+
+
+def test_rows_of_code_and_names_that_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x = 1"}')
+    [[part]], _ = plan_shards([Source(path=tmp_path / "a.jsonl", kind="code")])
+    [document] = read_part(part, ReadOptions(), lambda _: None)
+    assert document.metadata["kind"] == "code"
+    (tmp_path / "in").mkdir()
+    with open(bytes(tmp_path / "in") + b"/caf\xe9.txt", "w") as file:
+        file.write("text")
+    os.mkfifo(tmp_path / "in/pipe.txt")
+    [document] = read_documents(tmp_path / "in")
+    assert document.id == "in/caf?.txt"
 
 
 def test_large_files_are_divided_and_nothing_is_lost(file, tmp_path):

@@ -231,6 +231,17 @@ def test_a_model_without_experts_survives_the_way_out_and_in() -> None:
     assert parse(V3, n_routed_experts=None).moe is None
 
 
+LONGROPE = {"rope_type": "longrope", "factor": 1.0, "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 31 + [2.5], "long_factor": [1.0] * 31 + [2.5]}  # fmt: skip
+
+
+def test_a_divisor_for_each_frequency_survives_the_way_out_and_in() -> None:
+    config = parse(V3, rope_scaling=LONGROPE)
+    assert config.rope.scaling is not None
+    assert config.rope.scaling.short_factor == (*[1.0] * 31, 2.5)
+    assert parse(to_hf(config)) == config
+
+
 NAN, INF = float("nan"), float("inf")
 IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (V3, {"model_type": "deepseek_v32"}, "model_type"),
@@ -259,6 +270,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (V3, {"rope_theta": -1}, "rope_theta"),
     (V3, {"rms_norm_eps": NAN}, "rms_norm_eps"),
     (V3, {"rope_scaling": {**V3["rope_scaling"], "factor": NAN}}, "rope_scaling.factor"),
+    (V3, {"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 32}}, "rope_scaling.long_factor"),
+    (V3, {"rope_scaling": {**LONGROPE, "short_factor": 1.0}}, "rope_scaling.short_factor"),
+    (V3, {"rope_scaling": {**LONGROPE, "short_factor": [NAN], "long_factor": [NAN]}}, "rope_scaling.short_factor"),
+    (V3, {"rope_scaling": {**LONGROPE, "short_factor": [1.0], "long_factor": [1.0]}}, "rope_scaling.short_factor"),
+    (V3, {"rope_scaling": without(LONGROPE, "short_factor", "long_factor")}, "rope_scaling.short_factor"),
     (V3, {"rope_scaling": {**V3["rope_scaling"], "factor": 0}}, "rope_scaling.factor"),
     (V3, {"rope_scaling": {**V3["rope_scaling"], "truncate": False}}, "rope_scaling.truncate"),
     (V3, {"rope_scaling": {**V3["rope_scaling"], "mscal": 1}}, "rope_scaling.mscal"),
@@ -267,7 +283,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (V3, {"rope_scaling": {"factor": 4}}, "rope_scaling.rope_type"),
     (V3, {"rope_scaling": "yarn"}, "rope_scaling"),
     (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling.rope_type"),
-    (LLAMA, {"rope_scaling": None, "rope_parameters": {"rope_type": "longrope", "factor": 2}},
+    (LLAMA, {"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic", "factor": 2}},
      "rope_parameters.rope_type"),
     (LLAMA, {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
      "rope_parameters.full_attention"),

@@ -74,6 +74,21 @@ def test_frequencies_equal_transformers(name, theta, dim):
     assert attention_factor(rope.scaling) == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
+@pytest.mark.parametrize("given", [{"factor": 4.0}, {"factor": 1.0}, {"factor": 1.0, "attention_factor": 1.25}])
+def test_a_divisor_for_each_frequency_equals_transformers(given):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+
+    divisors = [1.0, 0.3, 7.5, 41.0]
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 128, **given}
+    parameters = {**scaling, "rope_theta": 500.0, "short_factor": divisors, "long_factor": divisors}
+    theirs = DeepseekV3RotaryEmbedding(transformers.DeepseekV3Config(qk_rope_head_dim=8, rope_parameters=parameters))
+    listed = RopeScaling(**scaling, short_factor=tuple(divisors), long_factor=tuple(divisors))
+    rope = RopeConfig(rope_theta=500.0, scaling=listed)
+    torch.testing.assert_close(torch.from_numpy(frequencies(rope, 8)), theirs.inv_freq, rtol=3e-7, atol=0)
+    assert attention_factor(rope.scaling) == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+
 @pytest.mark.parametrize("interleave", [False, True])
 def test_scores_depend_on_distance_only(interleave):
     generator = torch.Generator().manual_seed(0)

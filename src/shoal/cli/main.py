@@ -30,6 +30,8 @@ VERBS = {
     "tune": "Tune a model on examples: adapters under a budget, or all weights.",
     "distil": "Teach a student model what a teacher model knows.",
     "quantize": "Shrink a model to 8 or 4 bits a weight.",
+    "reshape": "Give a dense model DeepSeek-V3's attention, and experts if asked.",
+    "eval": "Score a model on tasks, with 95% intervals.",
     "data": "Turn text and code into training data: clean, dedupe, choose, pack, report.",
     "trace": "Record which experts each token goes to; sum a recording up or draw it.",
     "cost": "Count what training takes, before it starts: operations, memory, time and dollars.",
@@ -108,7 +110,8 @@ def _run(args: list[str]) -> int:
         if isinstance(error, ShoalError):
             return _fail(str(error), error.exit_code)
         if hasattr(error, "format_message"):  # what Typer and Click raise for a wrong command line
-            return _fail(_usage(error), 2)
+            # Without a message it is a group without a verb, whose help has been printed.
+            return _fail(_usage(error), 2) if error.format_message() else 2
         if isinstance(error, OSError):
             return _fail(_os_problem(error), 1)
         hint = "" if debug else " (shoal --debug … shows the trace)"

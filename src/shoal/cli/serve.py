@@ -52,6 +52,8 @@ def run(
     threads: Annotated[int | None, _flag("threads", "CPU threads.", min=1, max=1024)] = None,
     log: Annotated[LogKind, _flag("log", "A line for each request, as text or JSON, or none.")] = LogKind.text,
     log_prompts: Annotated[bool, _flag("log-prompts", "Log the bodies of requests too.", "--log-prompts")] = False,
+    trace_dir: Annotated[Path | None, _flag("trace-dir", "Record where the tokens go.", metavar="DIR")] = None,
+    trace_text: Annotated[bool, _flag("trace-text", "Keep the tokens in those recordings.", "--trace-text")] = False,
 ) -> None:
     """Serve a model over HTTP with the OpenAI API.
 
@@ -68,6 +70,7 @@ def run(
         -d '{"messages": \\[{"role": "user", "content": "Hello"}]}'
     """
     from shoal import hub
+    from shoal.cli.trace import Traces
     from shoal.engine import LLM
     from shoal.server.run import bind, serve
 
@@ -77,14 +80,19 @@ def run(
     policy = _policy(host, keys, cors_origin or [], log, log_prompts)
     sock = bind(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-    say = _Voice(log)
+    say, traces = _Voice(log), Traces(trace_dir, keep_text=trace_text)
+
+    def load() -> LLM:
+        return traces.watch(LLM(path, adapter=adapter, max_context=max_context, threads=threads, max_running=parallel))
+
     stopped = serve(
-        lambda: LLM(path, adapter=adapter, max_context=max_context, threads=threads, max_running=parallel),
+        load,
         name=name, sock=sock, parallel=parallel, max_queue=max_queue, request_seconds=request_seconds,
         drain_seconds=drain_seconds, price_per_hour=price_per_hour, policy=policy,
         on_start=lambda: say(f"listening on {address} (loading {name})", "listening", url=address, model=name),
         on_ready=say.ready,
     )  # fmt: skip
+    traces.close()
     say("stopped", "stopped")
     if not stopped:
         sys.stderr.flush()

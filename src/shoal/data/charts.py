@@ -207,7 +207,7 @@ def flow(start: tuple[str, float], stages: Sequence[Stage], *, unit: str, width:
     marks.append(_node(x, top, amount * scale, f"{start[0]}: {amount:,.0f} {unit}"))
     for i, stage in enumerate(stages):
         after = x + step
-        lost = max(amount - stage.stays, 0)
+        lost = sum(stage.drops.values())
         kept = stage.stays * scale
         marks.append(_ribbon(x + 10, after, top, top, kept, "stream", f"{stage.name}: {stage.stays:,.0f} {unit} stay"))
         if lost > 0:
@@ -240,6 +240,6 @@ def _arm(x1: float, x2: float, y: float, thick: float, stage: Stage, lost: float
     marks = [_ribbon(x1, end, y, low - 18 - thick, thick, "drop", f"{stage.name} drops {lost:,.0f} {unit}. {reasons}")]
     marks.append(text(end, low, f"−{number(lost)}", "lost", "end"))
     top = next(iter(stage.drops), "")
-    shown = top.split(": ", 1)[-1]
+    shown = top if len(top) <= 30 else top.split(": ", 1)[-1]
     marks.append(text(end, low + 15, shown if len(shown) <= 30 else shown[:29] + "…", "tick", "end"))
     return marks

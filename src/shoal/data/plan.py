@@ -38,16 +38,23 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A file or folder with what is to be said about its documents."""
+    """A file or folder with what is to be said about its documents.
+
+    Attributes:
+        name: its own name if none is given; no two sources of a run share one.
+        version, licence: travel with each document; the licence in SPDX's words.
+        kind: `text` or `code`, where the name of a file does not tell: rows are text unless this says otherwise.
+    """
 
     path: Path
     name: str = ""
     version: str | None = None
     licence: str | None = None
+    kind: str | None = None
 
     def metadata(self) -> dict[str, Any]:
-        found = {"source": self.name or self.path.name, "version": self.version, "licence": self.licence}
-        return {key: value for key, value in found.items() if value is not None}
+        found = {"source": self.name or _printable(self.path.name), "version": self.version, "licence": self.licence}
+        return {key: value for key, value in {**found, "kind": self.kind}.items() if value is not None}
 
 
 def find_files(source: Source) -> Iterator[Path]:
@@ -63,7 +70,8 @@ def find_files(source: Source) -> Iterator[Path]:
         raise FileError(source.path, "there is no such file or folder")
     for folder, folders, files in os.walk(source.path):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in PASSED_OVER)
-        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        paths = (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())  # no pipes, no broken links
 
 
 def find_parts(path: Path) -> list[Part]:
@@ -102,7 +110,7 @@ def _parts(path: Path, source: Source, shard_bytes: int) -> list[tuple[Part, int
     """(part, bytes) of one file."""
     inside = path.relative_to(source.path).as_posix() if path != source.path else ""
     meta = source.metadata()
-    name = f"{meta['source']}/{inside}" if inside else meta["source"]
+    name = f"{meta['source']}/{_printable(inside)}" if inside else meta["source"]
     size = path.stat().st_size
     if size > shard_bytes and kind_of(path.name)[0] == "rows":
         if path.suffix == ".parquet":
@@ -115,6 +123,11 @@ def _parts(path: Path, source: Source, shard_bytes: int) -> list[tuple[Part, int
                 for (start, line), stop in zip(starts, stops, strict=True)
             ]
     return [(Part(path=path, name=name, metadata=meta), size)]
+
+
+def _printable(name: str) -> str:
+    """A file name that can be written down: bytes that are no UTF-8 become question marks."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _row_groups(path: Path, name: str, meta: dict[str, Any], shard_bytes: int) -> list[tuple[Part, int]]:

@@ -299,4 +299,4 @@ def _key(*parts: str) -> str:
 def _write_json(path: Path, data: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as out:
-        out.write(json.dumps(data, indent=1, ensure_ascii=False).encode())
+        out.write(json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))

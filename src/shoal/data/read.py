@@ -194,7 +194,7 @@ def _read_whole(part: Part, options: ReadOptions, bad: _Bad) -> Iterator[Documen
     if text is None:
         return bad(None, "the file is not UTF-8 and declares no other encoding", content)
     kind, language = kind_of(part.name)
-    meta = {**part.metadata, "path": part.name, "hash": text_hash(text), "kind": kind}
+    meta = {"kind": kind or "text", **part.metadata, "path": part.name, "hash": text_hash(text)}
     if language:
         meta["language"] = language
     yield Document(id=part.name, text=text, metadata=meta)

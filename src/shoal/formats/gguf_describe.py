@@ -106,6 +106,8 @@ def _scaling(config: ModelConfig) -> dict[str, object]:
         if config.model_type != "llama":
             raise ConfigError("rope_scaling.rope_type", f"GGUF cannot say 'llama3' for {config.model_type!r}")
         return {}
+    if scaling.rope_type == "longrope":
+        raise ConfigError("rope_scaling.rope_type", f"GGUF cannot say 'longrope' for {config.model_type!r}")
     out: dict[str, object] = {"rope.scaling.type": scaling.rope_type, "rope.scaling.factor": float(scaling.factor)}
     if scaling.rope_type == "linear":
         return out

@@ -104,7 +104,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False, None),
 }
 ROPE_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-               "attention_factor", "low_freq_factor", "high_freq_factor")  # fmt: skip
+               "attention_factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor")  # fmt: skip
 ROPE_INERT: dict[str, tuple[Any, ...]] = {
     "type": (), "rope_type": (), "rope_theta": (), "finetuned": (),
     "truncate": (True, None), "partial_rotary_factor": (1, 1.0, None), "extrapolation_factor": (1, 1.0, None),
@@ -336,6 +336,11 @@ def _rope_scaling(where: str, rope: Mapping[str, Any], fields: _Fields) -> RopeS
     if "factor" not in rope:
         raise ConfigError(f"{where}.factor", "is missing")
     values = {key: rope[key] for key in ROPE_FIELDS if key in rope}
+    for name in ("short_factor", "long_factor"):
+        if name in values:
+            if not isinstance(values[name], list):
+                raise ConfigError(f"{where}.{name}", f"must be a list of numbers, got {values[name]!r}")
+            values[name] = tuple(values[name])
     if kind != "linear":
         values.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
         if (

@@ -134,10 +134,12 @@ def _rope(family: str, rope: RopeConfig) -> dict[str, Any]:
         names = {
             "linear": ("factor",),
             "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-            "yarn": tuple(name for name in ROPE_FIELDS if name not in ("low_freq_factor", "high_freq_factor")),
+            "yarn": ROPE_FIELDS[:7],
+            "longrope": (*ROPE_FIELDS[:2], "attention_factor", "short_factor", "long_factor"),
         }[rope.scaling.rope_type]
         values = {name: getattr(rope.scaling, name) for name in names}
-        out["rope_scaling"] = {key: rope.scaling.rope_type, **{k: v for k, v in values.items() if v is not None}}
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+        out["rope_scaling"] = {key: rope.scaling.rope_type, **lists}
     if rope.interleave != family.startswith("deepseek"):
         if family != "deepseek_v3":
             raise ConfigError("rope_interleave", f"{rope.interleave} cannot be written for {family}")

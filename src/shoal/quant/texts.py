@@ -57,9 +57,21 @@ def load_texts(source: str) -> Texts:
 
 
 def _builtin() -> Texts:
-    """Every other topic of the language reference (English prose) and a few modules (code), Python's own licence.
+    calibration, prose, code = _builtin_parts()
+    return Texts("\n\n".join(calibration), "\n\n".join(dict.fromkeys(prose + code)))
 
-    Topics repeat parts of each other, so a paragraph that was calibrated on is taken out of what is measured with.
+
+def builtin_held_out() -> tuple[str, str]:
+    """The held-out text of `builtin`, prose and code apart. ShoalError if this Python lacks its documentation."""
+    _, prose, code = _builtin_parts()
+    return "\n\n".join(prose), "\n\n".join(code)
+
+
+def _builtin_parts() -> tuple[list[str], list[str], list[str]]:
+    """Paragraphs to calibrate on; prose and code to measure with.
+
+    Every other topic of the language reference (English prose) and a few modules (code), Python's own licence. Topics
+    repeat parts of each other, so a paragraph that was calibrated on is taken out of what is measured with.
     """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -68,9 +80,12 @@ def _builtin() -> Texts:
         raise ShoalError(f"calibrate: {problem}") from error
     names = sorted(topics)
     calibration = _paragraphs([*(topics[name] for name in names[::2]), *_modules(_CALIBRATION_MODULES)])
-    held_out = _paragraphs([*(topics[name] for name in names[1::2]), *_modules(_MEASURED_MODULES)])
     seen = set(calibration)
-    return Texts("\n\n".join(calibration), "\n\n".join(part for part in held_out if part not in seen))
+    prose, code = (
+        [part for part in _paragraphs(texts) if part not in seen]
+        for texts in ([topics[name] for name in names[1::2]], _modules(_MEASURED_MODULES))
+    )
+    return calibration, prose, code
 
 
 def _paragraphs(texts: Sequence[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Making a model yours: supervised tuning, adapters under a parameter budget, distillation. Needs the `train` extra."""
+"""Making a model yours: supervised tuning, adapters under a budget, distillation, another shape. Needs `train`."""
