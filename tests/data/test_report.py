@@ -123,3 +123,12 @@ def test_numbers(value, shown):
 def test_ticks_are_round():
     assert charts.ticks(0, 1, 5) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert charts.ticks(3, 3) == [3]
+    drawing = charts.histogram({"x": [1, 1]}, low=1.2, high=4.1, x_label="size", log=True)
+    assert re.findall(r'text-anchor="middle" class="tick">([^<]+)<', drawing) == [
+        "30",
+        "100",
+        "300",
+        "1,000",
+        "3,000",
+        "10 k",
+    ]

@@ -154,8 +154,8 @@ def histogram(
             corners += [(left + j * step, y), (left + (j + 1) * step, y)]
         corners.append((left + len(row) * step, bottom))
         marks.append(f'<polygon points="{_points(corners)}" class="fill{i % SERIES} area">{tooltip(name)}</polygon>')
-    for value in ticks(low, high, 6):
-        label = number(10**value) if log else f"{value:.3g}"
+    for value in _decades(low, high) if log else ticks(low, high, 6):
+        label = number(round(10**value)) if log else f"{value:.3g}"
         marks.append(text(across(value), bottom + 16, label, "tick", "middle"))
     for value in limits:
         x = across(min(max(value, low), high))
@@ -163,6 +163,12 @@ def histogram(
                      f"{tooltip(f'{value:.4g}')}</line>")  # fmt: skip
     marks.append(text((left + right) / 2, height - 6, x_label, "axis", "middle"))
     return svg(height, marks, x_label, width)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 3, 10, 30, … from `low` to `high`."""
+    places = [power + half for power in range(math.floor(low), math.ceil(high)) for half in (0, math.log10(3))]
+    return [place for place in [*places, math.ceil(high)] if low <= place <= high]
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float]]], *, width: float = WIDTH, label: float = 190) -> str:
