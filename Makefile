@@ -13,8 +13,8 @@ SANITIZED := tests/kernels tests/engine/test_bits.py tests/engine/test_parity.py
 	--ignore tests/kernels/test_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-run run build test check format bench bench-peers bench-reshape bench-train bench-data \
-	sanitize sanitize-native races arm clean
+.PHONY: help setup setup-run run build test test-clients check format bench bench-peers bench-serve bench-train sanitize \
+	races arm clean bench-trace bench-reshape bench-tune bench-data sanitize-native
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,11 @@ build: ## rebuild the extension in place, in seconds
 test: setup ## set up, then run every test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+test-clients: setup ## the server under litellm, langchain, lm-eval, schemathesis and openai for node (minutes to install)
+	$(PIP) -e '.[clients]' --no-build-isolation
+	command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix .node openai || true
+	$(BIN)/python -m pytest -q tests/server/test_clients.py
+
 check: setup ## what CI asks of the text: ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,6 +78,12 @@ bench-reshape: setup ## a real model with ever smaller latent attention, before 
 bench-peers: setup ## Shoal beside llama.cpp, turn by turn: hours, or ARGS="--models tiny"
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
+bench-trace: setup ## what recording where tokens go costs, turn by turn
+	$(BIN)/python benchmarks/trace.py $(ARGS)
+
+bench-tune: setup ## tuning beside transformers + PEFT, turn by turn; ARGS="--pairs 3"
+	$(BIN)/python benchmarks/tune.py speed $(ARGS)
+
 # The peer has an environment of its own: it wants other versions. Debian: apt-get install linux-doc-6.1, for a corpus.
 bench-data: setup ## curation beside datatrove, turn by turn: minutes, or ARGS="--quick"
 	test -x build/datatrove/bin/python || $(PYTHON) -m venv build/datatrove
@@ -81,6 +92,9 @@ bench-data: setup ## curation beside datatrove, turn by turn: minutes, or ARGS="
 
 bench-train: setup ## training beside transformers, turn by turn: ten minutes, or ARGS="--sides shoal,eager"
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+bench-serve: setup ## shoal serve under load beside llama-server: 20 minutes, or ARGS="--quick"
+	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 # The check programs work on exact heap blocks, so that a read one past the end is seen.
 sanitize-native: $(VENV)/.stamp-tools ## kernels and executor under AddressSanitizer and UndefinedBehaviorSanitizer

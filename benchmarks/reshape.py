@@ -4,7 +4,7 @@ Every point is measured as it comes out of the closed form, and again after heal
 are kept point by point in the work folder, and a healing run that was killed goes on, so the command can be repeated
 until it is done.
 
-    python benchmarks/reshape.py --points 194+192,192+96,106+44 --heal 106+44 --steps 4000
+    python benchmarks/reshape.py --points 194+192,192+96,104+44 --heal 104+44 --steps 4000
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", default="194+192,192+96,184+92,128+64,106+44,84+32", help="latent+rope, …")
+    parser.add_argument("--points", default="194+192,192+96,184+92,128+64,104+44,84+32", help="latent+rope, …")
     parser.add_argument("--heal", default="", help="the points that are healed, too")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--int8", default="", help="the points that are measured with an int8 cache, too")
     parser.add_argument("--work", type=Path, default=Path("build/reshape"))
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--limit", type=int, default=1000, help="most items of a task")
     parser.add_argument("--only-heal", action="store_true", help="no measuring")
     args = parser.parse_args()
     if args.threads:
@@ -122,7 +123,7 @@ def measured(args: argparse.Namespace, name: str, checkpoint: Checkpoint, cache:
         return dict(json.loads(path.read_text()))
     say(f"measuring {name} with a cache in {cache}")
     llm = LLM(checkpoint, weights="f32", cache=cache, threads=args.threads, cache_tokens=8192)
-    scores = [one for task, limit in TASKS.items() for one in evaluate(llm, [task], limit=limit)]
+    scores = [one for task, limit in TASKS.items() for one in evaluate(llm, [task], limit=min(limit, args.limit))]
     config, tokens = checkpoint.config, 1 << 16
     cost = model_cost(config)
     row = {

@@ -57,10 +57,10 @@ def _is_right(llm: LLM, case: Case, *, with_suffix: bool) -> bool:
     count = FUNCTION_TOKENS if function else LINE_TOKENS
     ids = prompt_ids(case, llm.tokenizer, llm.max_context - count, with_suffix=with_suffix)
     stop = () if function else ("\n",)
-    text = llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=count, stop=stop)).text
-    if function:
-        return is_valid_function(case, text if text.endswith("\n") or with_suffix else text + "\n")
-    return first_line(text) == case.expected.rstrip()
+    done = llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=count, stop=stop))
+    if function:  # an end token ends the last line too, the token limit does not
+        return is_valid_function(case, done.text + ("\n" if done.finish_reason == "stop" else ""))
+    return first_line(done.text) == case.expected.rstrip()
 
 
 def held_out_loss(llm: LLM, cases: list[Case]) -> Json:
@@ -110,7 +110,7 @@ def ratios(ours: Curve, twins: Curve) -> list[Json]:
 
 
 def speeds(model: Path, prompts: list[list[int]], *, twin: bool, threads: int, limit_gb: float) -> Json:
-    """Milliseconds of a completion, by engine. A dense twin has no MTP layer but also runs in llama.cpp, as Q8_0."""
+    """Milliseconds of a completion, by engine: ours with and without its MTP layer, the twin also in llama.cpp."""
     script = Path(__file__).with_name("speed.py")
     out: Json = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -118,9 +118,10 @@ def speeds(model: Path, prompts: list[list[int]], *, twin: bool, threads: int, l
         asked.write_text(json.dumps(prompts))
         ways: dict[str, list[str]] = {"shoal": ["shoal", str(model)]}
         if twin:
-            gguf = Path(folder) / "twin.gguf"
-            convert(model, gguf, dtype="Q8_0")
-            ways["llama.cpp"] = ["llama.cpp", str(gguf)]
+            for dtype in ("Q8_0", "Q4_0"):
+                gguf = Path(folder) / f"{dtype}.gguf"
+                convert(model, gguf, dtype=dtype)
+                ways[f"llama.cpp {dtype}"] = ["llama.cpp", str(gguf)]
         else:
             ways["shoal, look-ahead"] = [*ways["shoal"], "--look-ahead"]
         for name, (engine, path, *more) in ways.items():

@@ -15,6 +15,7 @@ from shoal.train.recipe import (
     CheckpointSettings,
     DataSettings,
     Recipe,
+    RouterSettings,
     SampleSettings,
     ScheduleSettings,
     ValidationSettings,
@@ -74,6 +75,8 @@ def recipe() -> Recipe:
         optimiser=OptimiserSettings(optimiser="muon", lr=3e-3, weight_decay=0.1),
         schedule=ScheduleSettings(kind="wsd", warmup=100, decay=0.25),
         losses=LossSettings(mtp_weight=0.3, balance_weight=1e-4),
+        # V3's 0.001 is for some two hundred thousand steps; routers move faster here, and so must their counterweight.
+        router=RouterSettings(bias_speed=0.005),
         checkpoint=CheckpointSettings(every=100, keep=2),
         validation=ValidationSettings(every=100, sequences=64),
         samples=SAMPLES,

@@ -29,6 +29,8 @@ SERVE_FLAGS = {
     "threads": "SHOAL_THREADS",
     "log": "SHOAL_LOG",
     "log-prompts": "SHOAL_LOG_PROMPTS",
+    "trace-dir": "SHOAL_TRACE_DIR",
+    "trace-text": "SHOAL_TRACE_TEXT",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Result, ScriptedLLM
@@ -48,9 +49,9 @@ def test_no_stats_leaves_stderr_empty(shoal: Shoal, llm: ScriptedLLM) -> None:
 
 def test_options_reach_the_engine(shoal: Shoal, llm: ScriptedLLM) -> None:
     llm.generation = GenerationDefaults(temperature=0.2, top_p=0.95)
-    options = "--model m --max-context 64 --threads 2 --top-k 3 --min-p 0.1 --max-tokens 9 --seed 5 --top-p 0.5"
-    shoal("chat", *options.split(), "--system", "Be brief.", "Hi")
-    assert llm.options == {"model": "m", "max_context": 64, "threads": 2}
+    options = "--model m --adapter a --max-context 64 --threads 2 --top-k 3 --min-p 0.1 --max-tokens 9 --seed 5"
+    shoal("chat", *options.split(), "--top-p", "0.5", "--system", "Be brief.", "Hi")
+    assert llm.options == {"model": "m", "adapter": Path("a"), "max_context": 64, "threads": 2}
     assert llm.conversations[0][0] == {"role": "system", "content": "Be brief."}
     params = llm.params[0]
     assert (params.top_k, params.min_p, params.max_tokens, params.seed) == (3, 0.1, 9, 5)

@@ -72,3 +72,10 @@ def test_the_list_of_machines(capsys):
 def test_what_cannot_be_counted_is_one_line(capsys, arguments, problem):
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "") and problem in err and len(err.splitlines()) == 1
+
+
+def test_without_a_verb_there_is_help_and_no_empty_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["cost"])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and "train" in said.out and said.err == ""

@@ -59,11 +59,14 @@ def test_all_of_a_model_in_another_shape(shoal: Shoal, model: str, tmp_path: Pat
 
 def test_less_cache_shared_out_and_fitted(shoal: Shoal, model: str, tmp_path: Path) -> None:
     dst = tmp_path / "out"
-    result = shoal("reshape", model, str(dst), *QUICK, "--cache", "40", "--fit-epochs", "2")
+    result = shoal("reshape", model, str(dst), *QUICK, "--cache", "40", "--fit-epochs", "2", "--heal-steps", "3",
+                   "--heal-state", str(tmp_path / "state"))  # fmt: skip
     assert result.code == 0, result.err
     assert "256 → 160 bytes in bfloat16, 37.5% less" in result.out
     assert "512 → 160 bytes, 68.8% less" in result.out
     assert "layer 1: error of the stream" in result.err
+    assert "step 3 of 3" in result.err
+    assert (tmp_path / "state" / "heal.safetensors").exists()
     mla = open_checkpoint(dst).config.attention
     assert mla.cache_width == 40
     assert f"{40 - mla.rope_dim} are the latent and {mla.rope_dim} rotary" in result.err

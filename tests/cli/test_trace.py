@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 pytest.importorskip("pyarrow")
 
 import pyarrow.parquet as pq
 from tests.cli.conftest import Result
+from tests.server.test_end_to_end import Server
 from tests.trace.tiny import CONFIG, tiny_folder
 
 Shoal = Callable[..., Result]
@@ -60,6 +63,30 @@ def test_record_sum_up_compare_draw(shoal: Shoal, model: str, tmp_path: Path) ->
         f"{drawn}: 3 calls; the rest is left out, see --steps\n"
     )
     assert json.loads(drawn.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_server_records_and_keeps_no_text_unless_asked(model: str, tmp_path: Path, keep: bool) -> None:
+    folder = tmp_path / "traces"
+    server = Server("--model", model, "--threads", "1", "--trace-dir", str(folder), *["--trace-text"] * keep)
+    server.wait_ready()
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "ignore_eos": True}
+    usage = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()["usage"]
+    server.process.send_signal(signal.SIGTERM)
+    code, _, said = server.ended()
+    assert code == 0, said
+    (path,) = folder.iterdir()
+    table = pq.read_table(path)
+    assert table.num_rows == 4 * (usage["total_tokens"] - 1)  # nothing reads the last token
+    text = "".join(piece or "" for piece in table["text"].to_pylist())
+    assert ("Hello" in text) == keep
+    assert table["token"].null_count == (0 if keep else table.num_rows)
+
+
+def test_a_server_without_experts_has_nothing_to_record(tmp_path: Path) -> None:
+    code, _, said = Server("--model", "smollm2-135m", "--trace-dir", str(tmp_path / "traces")).ended()
+    assert code == 2
+    assert "has no experts" in said
 
 
 def test_what_can_be_asked_wrongly(shoal: Shoal, model: str, tmp_path: Path) -> None:

@@ -80,8 +80,10 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for the conversion itself, which has its own tests: writes a file; fails for dtype `broken`."""
     calls: list[dict[str, Any]] = []
 
-    def convert(src: Path, dst: Path, *, dtype: str, progress: Callable[[int, int], None]) -> None:
-        calls.append({"src": src, "dst": dst, "dtype": dtype})
+    def convert(
+        src: Path, dst: Path, *, dtype: str, progress: Callable[[int, int], None], adapter: Path | None
+    ) -> None:
+        calls.append({"src": src, "dst": dst, "dtype": dtype, "adapter": adapter})
         if dtype == "broken":
             raise FileError(src, "is damaged")
         dst.write_bytes(b"new")

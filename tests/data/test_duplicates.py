@@ -82,20 +82,16 @@ def test_agrees_with_datasketch(tmp_path, corpus):
 
     planted(tmp_path, [text for text, _, _ in corpus])
     ours = find_duplicates(tmp_path, 0.7)
-    index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
+    index, sketches = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS)), {}
     for i, (text, _, _) in enumerate(corpus):
         words = tokens(Document(id="", text=text))
         sketch = MinHash(num_perm=BANDS * ROWS, seed=3)
         sketch.update_batch([" ".join(words[at : at + SHINGLE]).encode() for at in range(len(words) - SHINGLE + 1)])
-        best = max((sketch.jaccard(other) for other in map(index_of(index), index.query(sketch))), default=0.0)
+        best = max((sketch.jaccard(other) for other in map(sketches.__getitem__, index.query(sketch))), default=0.0)
         if abs(best - 0.7) > 0.12:  # three standard errors of 120 values
             assert (ours.how[i] > 0) == (best > 0.7), (i, best)
         index.insert(str(i), sketch)
-        index.sketches = {**getattr(index, "sketches", {}), str(i): sketch}
-
-
-def index_of(index):
-    return lambda key: index.sketches[key]
+        sketches[str(i)] = sketch
 
 
 @pytest.mark.parametrize("budget", [40_000, 10_000])

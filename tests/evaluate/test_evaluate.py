@@ -9,6 +9,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -19,7 +20,7 @@ from shoal import LLM, hub  # noqa: E402
 from shoal.config import GQAConfig, ModelConfig  # noqa: E402
 from shoal.errors import FileError, ShoalError, UnknownModelError  # noqa: E402
 from shoal.evaluate import evaluate  # noqa: E402
-from shoal.evaluate.report import wilson  # noqa: E402
+from shoal.evaluate.report import ratio, wilson  # noqa: E402
 from shoal.evaluate.run import read_task, task_names  # noqa: E402
 from shoal.formats.checkpoint import open_checkpoint  # noqa: E402
 from shoal.formats.hf_save import save_folder  # noqa: E402
@@ -64,7 +65,7 @@ def theirs(folder: Path, task: str, limit: int) -> dict[str, Any]:
     return dict(found["results"][task])
 
 
-@pytest.mark.parametrize(("task", "limit"), [("continuation", 8), ("english", 1)])
+@pytest.mark.parametrize(("task", "limit"), [("continuation", 8), ("english", 2)])
 def test_scores_are_those_of_the_transformers_backend(folder: Path, llm: LLM, task: str, limit: int) -> None:
     """Perplexity over a text of several contexts, and choices among four."""
     wanted = theirs(folder, task, limit)
@@ -72,6 +73,8 @@ def test_scores_are_those_of_the_transformers_backend(folder: Path, llm: LLM, ta
     assert len(found) == 2
     for score in found:
         assert score.items == limit
+        assert score.low is not None
+        assert score.low < score.value < score.high
         assert score.value == pytest.approx(wanted[f"{score.metric},none"], rel=1e-4)
 
 
@@ -186,6 +189,17 @@ def test_shipped_tasks_have_items(name: str) -> None:
     if name == "continuation":
         assert len({item["answer"] for item in items}) == 4
         assert all(len(set(item["choices"])) == 4 for item in items)
+
+
+def test_a_ratio_of_sums_spreads_as_resampled_items_do() -> None:
+    rng = np.random.default_rng(0)
+    words = rng.integers(50, 200, 300)
+    pairs = [(-3.0 * n + rng.normal() * 20, float(n)) for n in words]
+    middle, error = ratio(pairs)
+    array = np.array(pairs)
+    drawn = [array[rng.integers(0, 300, 300)].sum(0) for _ in range(2000)]
+    assert middle == pytest.approx(array[:, 0].sum() / array[:, 1].sum())
+    assert error == pytest.approx(np.std([a / b for a, b in drawn]), rel=0.1)
 
 
 def test_wilsons_interval_is_the_published_one() -> None:

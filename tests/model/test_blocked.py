@@ -73,6 +73,10 @@ def test_training_in_bfloat16_takes_the_blocks_and_inference_does_not(packed, mo
     q, k, v = (x.transpose(1, 2) for x in some(tokens, dtype=torch.bfloat16))
     mask = attention_mask(tokens, tokens, documents(tokens) if packed else None, q.device)
     out = attend(q, k, v, mask, 0.7)
+    if mask is not None:  # one for all rows
+        shared = attend(q[:1], k[:1], v[:1], mask[0, 0], 0.7)
+        torch.testing.assert_close(shared, out[:1], rtol=0, atol=0)
+        taken.pop()
     wide = attend(q.float(), k.float(), v.float(), mask, 0.7)
     with torch.no_grad():
         attend(q, k, v, mask, 0.7)

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from shoal.config import MoEConfig  # noqa: E402
+from shoal.model import grouped  # noqa: E402
 from shoal.model.grouped import _Experts, runs_of  # noqa: E402
 from shoal.model.moe import Experts, MoE, Router, Routing, in_expert_order  # noqa: E402
 
@@ -162,15 +163,15 @@ def test_grouped_products_equal_the_experts_in_turn_and_so_do_their_gradients():
     upstream = torch.randn(20, 8, generator=torch.Generator().manual_seed(5))
     results = []
 
-    def grouped(x, picked):
+    def run_grouped(x, picked):
         return in_expert_order(x, picked, E, experts.run_grouped)
 
-    for run in (experts.forward, grouped):
+    for run in (experts.forward, run_grouped):
         x, weights = x_TD.clone().requires_grad_(), routing.weights_TK.clone().requires_grad_()
         out = run(x, routing._replace(weights_TK=weights))
         results.append((out, *torch.autograd.grad(out, [x, weights, *experts.parameters()], upstream)))
-    for in_turn, grouped in zip(*results, strict=True):
-        torch.testing.assert_close(grouped, in_turn, rtol=1e-5, atol=1e-5)
+    for in_turn, together in zip(*results, strict=True):
+        torch.testing.assert_close(together, in_turn, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("unit", [1, 4, 64])
@@ -192,6 +193,28 @@ def test_rows_that_fill_a_unit_change_no_result_and_no_gradient(unit):
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_frozen_stacks_get_no_gradient_and_pass_on_the_same(monkeypatch):
+    experts, routing = make_experts(dtype=torch.float64), some_routing(17, torch.float64)
+    products, gradients, compute = [], [], grouped._outer_products
+
+    def count(*args):
+        products.append(args)
+        return compute(*args)
+
+    monkeypatch.setattr(grouped, "_outer_products", count)
+    for frozen in ([], ["gate_proj.weight", "up_proj.weight"], ["down_proj.weight"]):
+        for name, weight in experts.named_parameters():
+            weight.grad = None
+            weight.requires_grad_(name not in frozen)
+        x = torch.randn(17, D, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)
+        experts(x, routing).square().sum().backward()
+        gradients.append({"x": x.grad, **{name: weight.grad for name, weight in experts.named_parameters()}})
+        assert {name for name, value in gradients[-1].items() if value is None} == set(frozen)
+        for name, value in gradients[-1].items():
+            assert value is None or torch.equal(value, gradients[0][name])
+    assert len(products) == 2 + 1 + 1, "nothing is computed for what is frozen"
 
 
 def test_experts_in_bfloat16_stay_near_float32():

@@ -302,6 +302,7 @@ def test_the_tokenizer_suits_code_and_text_makes_no_marker(tokenizer):
 def test_pieces_fill_windows_and_come_back_as_they_were(tokenizer, folder):
     pack = load("pack")
     texts = pack.read_texts(folder / "train.jsonl", 0)
+    whole = "".join(texts)
     packer = pack.Packer(tokenizer, 0, 256)
     room, back, filled, plain = 256, "", 0, 0
     for piece in packer.pieces(texts):
@@ -311,13 +312,14 @@ def test_pieces_fill_windows_and_come_back_as_they_were(tokenizer, folder):
             filled += 1
             assert piece[1] == packer.begin and piece[-1] == packer.eos
             hole, end = piece.index(packer.hole), piece.index(packer.end)
-            parts = [tokenizer.decode(part) for part in (piece[2:hole], piece[end + 1 :], piece[hole + 1 : end])]
-            back += "".join(parts)
+            prefix, middle, suffix = piece[2:hole], piece[end + 1 :], piece[hole + 1 : end]
+            text = "".join(map(tokenizer.decode, (prefix, middle, suffix)))
+            assert text in whole
+            back += text
         elif piece[0] == packer.bos:
             plain += 1
             back += tokenizer.decode(piece)
     assert room == 256
-    whole = "".join(texts)
     # A suffix without room loses its end, nothing else is lost.
     assert 0.97 * len(whole) < len(back) <= len(whole)
     assert 0.3 < filled / (filled + plain) < 0.6
@@ -369,13 +371,13 @@ def test_judging_a_random_model(folder, models, tmp_path, capsys):
     }
     assert all(found[3] == 3 for found in result["code"]["completion"].values())
     assert 5 < result["code"]["held_out"]["nats_per_token"] < 8  # ln 640 = 6.46
-    assert set(result["twin"]["speed"]) == {"shoal", "llama.cpp"}
+    assert set(result["twin"]["speed"]) == {"shoal", "llama.cpp Q8_0", "llama.cpp Q4_0"}
     for speed in (*result["code"]["speed"].values(), *result["twin"]["speed"].values()):
         assert speed["tokens_produced"] == 2 * speed["tokens_each"] and speed["ms_median"] > 0
     assert result["code"]["speed"]["shoal, look-ahead"]["drafted"] > 0
     per_token = [point[0] / point[0] for point in result["curves"]["code"]]
     assert per_token == [1.0, 1.0, 1.0] and len(result["ratios"]) == 2
-    assert "ms a completion, llama.cpp" in capsys.readouterr().out
+    assert "ms a completion, llama.cpp Q4_0" in capsys.readouterr().out
 
 
 def test_curves_are_compared_at_equal_loss():

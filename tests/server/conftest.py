@@ -18,6 +18,7 @@ import uvicorn
 
 from shoal.engine import Chunk, SamplingParams, Stats, TokenLogprob
 from shoal.engine.core import Load
+from shoal.engine.embedding import Embedding
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import GenerationDefaults
 from shoal.server.app import Policy, create_app
@@ -108,6 +109,15 @@ class FakeGeneration:
             self._llm.running.remove(self)
 
 
+class FakeEmbedder:
+    """A piece, then a vector that tells the text's first token."""
+
+    def embed(self, tokens: Sequence[int], *, pooling: str) -> Iterator[Embedding | None]:
+        yield None
+        vector = np.array([tokens[0], 1 if pooling == "mean" else 2, 0, 0], np.float32)
+        yield Embedding(vector=vector / np.linalg.norm(vector), tokens=len(tokens))
+
+
 class FakeLLM:
     """Answers `reply`, a byte at a time. `before_token` runs before each; what it raises, that generation raises."""
 
@@ -130,6 +140,9 @@ class FakeLLM:
         self.machine_seconds = 0.0
         self.expert_load = None
         self.step_error: Exception | None = None
+
+    def embedder(self) -> FakeEmbedder:
+        return FakeEmbedder()
 
     @property
     def load(self) -> Load:

@@ -140,6 +140,7 @@ def test_a_bad_chat_field(server: Running, param: str, fields: dict[str, Any]) -
         ("prompt", {"prompt": [1.5]}),
         ("prompt", {"prompt": [True]}),
         ("prompt", {"prompt": [256]}),
+        ("prompt", {"prompt": [-1]}),
         ("prompt", {"prompt": [10**30]}),
         ("prompt", {"prompt": {"a": 1}}),
         ("prompt", {"prompt": ["a"] * 300}),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+
+import numpy as np
 import openai
 import pytest
 from tests.server.conftest import Running
@@ -198,3 +201,48 @@ def test_client_errors_have_the_client_s_types(server: Running) -> None:
         server.openai.chat.completions.create(model="fake", messages=[{"role": "user", "content": "x" * 100}])
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
     assert "100" in long.value.message
+
+
+def test_embeddings_come_in_both_encodings(server: Running) -> None:
+    for encoding in ("base64", "float"):
+        body = {"input": ["ab", "c"], "encoding_format": encoding}
+        answer = server.http.post("/v1/embeddings", json=body).json()
+        assert answer["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+        vectors = [entry["embedding"] for entry in answer["data"]]
+        if encoding == "base64":
+            vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in vectors]
+        for vector, token in zip(vectors, (97, 99), strict=True):
+            np.testing.assert_allclose(vector, np.array([token, 1, 0, 0]) / np.hypot(token, 1), rtol=1e-6)
+    # The client asks for base64 by itself, and its strict mode then looks for numbers before it has decoded them.
+    lenient = server.openai.copy(_extra_kwargs={"_strict_response_validation": False})
+    assert lenient.embeddings.create(model="fake", input=[7, 8]).data[0].embedding[0] > 0.9
+    cut = lenient.embeddings.create(model="fake", input="a", dimensions=1, extra_body={"pooling": "last"})
+    assert cut.data[0].embedding == [1.0]
+
+
+def test_bad_embeddings_are_refused_by_name(server: Running) -> None:
+    for param, body in (
+        ("input", {}),
+        ("input", {"input": ""}),
+        ("input", {"input": "x" * 200}),
+        ("input", {"input": [300]}),
+        ("input", {"input": ["a"] * 3000}),
+        ("dimensions", {"input": "a", "dimensions": 5}),
+        ("dimensions", {"input": "a", "dimensions": 0}),
+        ("encoding_format", {"input": "a", "encoding_format": "hex"}),
+        ("pooling", {"input": "a", "pooling": "max"}),
+    ):
+        answer = server.http.post("/v1/embeddings", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_tokens_to_text_and_back(server: Running) -> None:
+    def ask(path: str, **body: object) -> dict[str, object]:
+        return server.http.post(path, json=body).json()  # type: ignore[no-any-return]
+
+    assert ask("/tokenize", prompt="aé") == {"tokens": [97, 195, 169], "count": 3, "max_model_len": 100}
+    assert ask("/tokenize", content="aé", with_pieces=True)["pieces"] == ["a", [195], [169]]
+    assert ask("/tokenize", messages=HELLO)["tokens"] == [72, 105]
+    assert ask("/detokenize", tokens=[97, 195, 169]) == {"prompt": "aé", "content": "aé"}
+    for path, body in (("/tokenize", {}), ("/detokenize", {"tokens": [256]}), ("/detokenize", {"tokens": [-1]})):
+        assert server.http.post(path, json=body).status_code == 400

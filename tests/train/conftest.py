@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from shoal.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from shoal.data import ShardWriter
 from shoal.formats.tokenizer import load_tokenizer_json
+from shoal.train import measure
 from shoal.train.loop import Outcome, train
 from shoal.train.optim import OptimiserSettings
 from shoal.train.recipe import CheckpointSettings, DataSettings, Recipe, ScheduleSettings, ValidationSettings
@@ -74,14 +75,8 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data") / "it")
-
-
-@pytest.fixture
-def recipe(data) -> Recipe:
-    return Recipe(
+def tiny_recipe(data: Path, **changes) -> Recipe:
+    recipe = Recipe(
         model=tiny_model(),
         steps=6,
         sequence_length=16,
@@ -93,6 +88,24 @@ def recipe(data) -> Recipe:
         checkpoint=CheckpointSettings(every=2),
         validation=ValidationSettings(every=3, sequences=4),
     )
+    return replace(recipe, **changes)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data") / "it")
+
+
+@pytest.fixture
+def recipe(data) -> Recipe:
+    return tiny_recipe(data)
+
+
+@pytest.fixture(autouse=True)
+def quick_probe(monkeypatch):
+    """No test looks at the machine's own rate, so do not spend a fifth of a second on each run to measure it."""
+    monkeypatch.setattr(measure, "PROBE_SIDE", 16)
+    monkeypatch.setattr(measure, "PROBE_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shoal.config import GQAConfig, ModelConfig
 from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.checkpoint import open_checkpoint
 from shoal.model import load_model, random_model
@@ -246,6 +247,24 @@ def test_touched_files_save_and_stop(recipe, run, tmp_path):
     assert loop.checkpoint.steps_in(out / "checkpoints") == [2, 5]
     assert not (out / "SAVE").exists()
     assert not (out / "STOP").exists()
+
+
+def test_files_touched_before_the_run_began_mean_another_run(recipe, run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    assert run(recipe, tmp_path / "run", until=3)[0].step == 3
+
+
+def test_a_dense_llama_trains_too(recipe, run, tmp_path):
+    gqa = GQAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    model = ModelConfig(
+        model_type="llama", vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=2, attention=gqa,
+        max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=(256,),
+    )  # fmt: skip
+    outcome, listener = run(replace(recipe, model=model), tmp_path / "run")
+    assert listener.records[-1]["loss"] < listener.records[0]["loss"]
+    assert not listener.records[-1].keys() & {"router", "mtp", "balance", "max_vio"}
+    assert open_checkpoint(outcome.model).config.model_type == "llama"
 
 
 def test_a_second_run_on_the_folder_is_refused(recipe, run, tmp_path):

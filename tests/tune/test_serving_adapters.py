@@ -53,3 +53,31 @@ def test_convert_merges(small_llama, adapter, tmp_path):
     with torch.no_grad():
         found = load_model(open_checkpoint(tmp_path / "merged"))(torch.tensor([IDS]))[0].numpy()
     assert abs(found - expected(small_llama, adapter)).max() < 1e-5
+
+
+def test_a_server_answers_by_the_adapters_name(small_llama, adapter):
+    from starlette.testclient import TestClient
+
+    from shoal.engine import SamplingParams
+    from shoal.server.app import Policy, create_app
+    from shoal.server.service import Service
+    from shoal.server.worker import EngineWorker
+
+    llm = LLM(small_llama, **OPTIONS)
+    llm.beside["tuned"] = llm.with_adapter(adapter)
+    service = Service(name="base", worker=EngineWorker(lambda: llm), adapters=("tuned",))
+    with TestClient(create_app(service, Policy(hosts=None))) as client:
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["base", "tuned"]
+        while client.get("/health").status_code == 503:
+            pass
+        body = {"prompt": IDS, "max_tokens": 8, "temperature": 0}
+        answers = {}
+        for name in ("base", "tuned"):
+            reply = client.post("/v1/completions", json={**body, "model": name}).json()
+            assert reply["model"] == name
+            answers[name] = reply["choices"][0]["text"]
+        unknown = client.post("/v1/completions", json={**body, "model": "other"})
+        assert unknown.status_code == 404
+        assert "'base' and 'tuned' are" in unknown.json()["error"]["message"]
+    alone = LLM(small_llama, adapter=adapter, **OPTIONS).generate(IDS, SamplingParams(max_tokens=8, temperature=0.0))
+    assert answers["tuned"] == alone.text != answers["base"]

@@ -38,7 +38,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all settings, and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Teach a student what a teacher knows. The same command goes on where an earlier one ended, however it ended.
+    """Teach a student model what a teacher model knows.
+
+    The same command goes on where an earlier one ended, however it ended.
 
     sequences: the teacher answers every example, answers that --verify refuses are thrown out, the student is tuned on
     the rest; any two models will do. logits: the student learns the teacher's likeliest tokens at each token of the

@@ -110,7 +110,8 @@ def _run(args: list[str]) -> int:
         if isinstance(error, ShoalError):
             return _fail(str(error), error.exit_code)
         if hasattr(error, "format_message"):  # what Typer and Click raise for a wrong command line
-            return _fail(_usage(error), 2)
+            # Without a message it is a group without a verb, whose help has been printed.
+            return _fail(_usage(error), 2) if error.format_message() else 2
         if isinstance(error, OSError):
             return _fail(_os_problem(error), 1)
         hint = "" if debug else " (shoal --debug … shows the trace)"

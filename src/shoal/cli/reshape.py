@@ -13,9 +13,11 @@ from shoal.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from shoal.formats.checkpoint import Checkpoint
+    from shoal.model import Model
     from shoal.tune.reshape import ExpertShape, LayerFit, Shape
 
 WINDOW = 512
+HEAL_WINDOW, HEAL_BATCH, TOLD_EVERY = 256, 2, 10
 EXPERT_WINDOWS = 8  # windows that units are grouped by: their activations of one layer are in memory at once
 
 
@@ -32,6 +34,12 @@ def run(
     fit_epochs: Annotated[
         int, typer.Option(min=0, help="Passes over the text that fit each layer to the one it replaces.")
     ] = 0,
+    heal_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of distillation from the original, 512 tokens of the text each.")
+    ] = 0,
+    heal_state: Annotated[
+        Path | None, typer.Option(help="A folder that keeps the healing's state: the same command goes on from it.")
+    ] = None,
     moe: Annotated[
         str, typer.Option(help="Feed-forward layers: keep, split (into experts) or copy (to experts).")
     ] = "keep",
@@ -54,7 +62,7 @@ def run(
 
     [bold]Examples[/bold]
       shoal reshape smollm2-135m ./smollm2-mla
-      shoal reshape smollm2-135m ./smollm2-mla-small --cache 192 --fit-epochs 3
+      shoal reshape smollm2-135m ./smollm2-mla-small --cache 192 --heal-steps 400
       shoal reshape smollm2-135m ./smollm2-moe --moe split --experts 14 --shared 2 --active 8
     """
     try:
@@ -70,10 +78,11 @@ def run(
     require_empty(dst)
     source = open_checkpoint(path)
     wanted = _Wanted(
-        shape=_shape(source, latent, rope, cache), cache=cache, fit_epochs=fit_epochs,
-        experts=_experts(source, moe, experts, active, shared, dense_layers),
+        shape=_shape(source, latent, rope, cache), cache=cache, fit_epochs=fit_epochs, heal_steps=heal_steps,
+        heal_state=heal_state, experts=_experts(source, moe, experts, active, shared, dense_layers),
     )  # fmt: skip
-    made = _make(source, wanted, _windows(source, calibrate, calibration_tokens) if calibrate != "none" else [])
+    ids = _ids(source, calibrate) if calibrate != "none" else []
+    made = _make(source, wanted, ids, calibration_tokens)
     with Meter(f"writing {dst}", human_bytes) as meter:
         save_folder(made, dst, dtype=dtype, progress=meter)
     _report(path, dst, source, made, as_json)
@@ -84,6 +93,8 @@ class _Wanted:
     shape: Shape | None
     cache: int | None
     fit_epochs: int
+    heal_steps: int
+    heal_state: Path | None
     experts: ExpertShape | None
 
 
@@ -115,14 +126,16 @@ def _experts(
     return wanted
 
 
-def _make(source: Checkpoint, wanted: _Wanted, windows: list[list[int]]) -> Checkpoint:
+def _make(source: Checkpoint, wanted: _Wanted, ids: list[int], calibration_tokens: int) -> Checkpoint:
     from shoal.model import load_model
     from shoal.tune.reshape import Shape, choose_shape, fit, measure, reshape, with_experts
 
     shape, exact = wanted.shape, wanted.shape == Shape.full(source.config)
     splits = wanted.experts is not None and wanted.experts.how == "split"
-    if not windows and (wanted.fit_epochs or wanted.cache or splits):
-        raise ConfigError("calibrate", "none does not go with cache, fit-epochs or moe split: they look at a text")
+    if not ids and (wanted.fit_epochs or wanted.heal_steps or wanted.cache or splits):
+        problem = "none does not go with cache, fit-epochs, heal-steps or moe split: they look at a text"
+        raise ConfigError("calibrate", problem)
+    windows = _windows(source, ids, WINDOW, calibration_tokens)
     needs_model = wanted.experts is not None or (windows and not exact)
     model = load_model(source) if needs_model else None
     moments = None
@@ -137,6 +150,8 @@ def _make(source: Checkpoint, wanted: _Wanted, windows: list[list[int]]) -> Chec
         made = reshape(source, shape, moments, meter)
     if model is not None and wanted.fit_epochs and not exact:
         made = fit(model, made, windows, epochs=wanted.fit_epochs, report=_tell)
+    if model is not None and wanted.heal_steps and not exact:
+        made = _heal(model, made, _windows(source, ids, HEAL_WINDOW, len(ids)), wanted)
     if model is not None and wanted.experts is not None:
         with Meter("making experts") as meter:
             made = with_experts(made, model, wanted.experts, windows[:EXPERT_WINDOWS], meter)
@@ -147,14 +162,34 @@ def _tell(layer: LayerFit) -> None:
     note(f"layer {layer.layer}: error of the stream {layer.before**0.5:.2%} → {layer.after**0.5:.2%}")
 
 
-def _windows(source: Checkpoint, text: str, tokens: int) -> list[list[int]]:
-    from shoal.quant.texts import load_texts, windows
+def _heal(model: Model, made: Checkpoint, windows: list[list[int]], wanted: _Wanted) -> Checkpoint:
+    from shoal.tune.reshape import HealSettings, HealStep, heal
 
-    length = min(WINDOW, source.config.max_position_embeddings, tokens)
-    found = windows(source.load_tokenizer().encode(load_texts(text).calibration), length, tokens)
-    if not found:
+    settings = HealSettings(steps=wanted.heal_steps, batch=min(HEAL_BATCH, len(windows)))
+    recent: list[float] = []
+
+    def tell(step: HealStep) -> None:
+        recent.append(step.kl)
+        if step.step % TOLD_EVERY == 0 or step.step == settings.steps:
+            note(f"step {step.step} of {settings.steps}: {sum(recent) / len(recent):.4f} nats from the original")
+            recent.clear()
+
+    return heal(model, made, windows, settings, state=wanted.heal_state, report=tell)
+
+
+def _ids(source: Checkpoint, text: str) -> list[int]:
+    from shoal.quant.texts import load_texts
+
+    ids = source.load_tokenizer().encode(load_texts(text).calibration)
+    if not ids:
         raise ConfigError("calibrate", "the text holds no tokens")
-    return found
+    return ids
+
+
+def _windows(source: Checkpoint, ids: list[int], length: int, tokens: int) -> list[list[int]]:
+    from shoal.quant.texts import windows
+
+    return windows(ids, min(length, source.config.max_position_embeddings, tokens), tokens) if ids else []
 
 
 def _report(path: Path, dst: Path, source: Checkpoint, made: Checkpoint, as_json: bool) -> None:

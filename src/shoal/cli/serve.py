@@ -32,7 +32,10 @@ def _flag(flag: str, text: str, *names: str, **limits: Any) -> Any:
 
 def run(
     model: Annotated[str, _flag("model", "Short name, folder or GGUF file.", "--model", "-m")] = DEFAULT_MODEL,
-    adapter: Annotated[Path | None, _flag("adapter", "A LoRA (PEFT folder) to run with it.", metavar="DIR")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        _flag("adapter", "A LoRA (PEFT folder) beside it; may be repeated.", metavar="NAME=DIR"),
+    ] = None,
     host: Annotated[str, _flag("host", "Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
     port: Annotated[int, _flag("port", "Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     served_name: Annotated[str | None, _flag("served-name", "Its name in the API; else its own.")] = None,
@@ -52,6 +55,8 @@ def run(
     threads: Annotated[int | None, _flag("threads", "CPU threads.", min=1, max=1024)] = None,
     log: Annotated[LogKind, _flag("log", "A line for each request, as text or JSON, or none.")] = LogKind.text,
     log_prompts: Annotated[bool, _flag("log-prompts", "Log the bodies of requests too.", "--log-prompts")] = False,
+    trace_dir: Annotated[Path | None, _flag("trace-dir", "Record where the tokens go.", metavar="DIR")] = None,
+    trace_text: Annotated[bool, _flag("trace-text", "Keep the tokens in those recordings.", "--trace-text")] = False,
 ) -> None:
     """Serve a model over HTTP with the OpenAI API.
 
@@ -63,32 +68,60 @@ def run(
     [bold]Examples[/bold]
       shoal serve
       shoal serve --model ./DeepSeek-V2-Lite-Chat --port 8080
+      shoal serve --adapter sql=runs/sql/adapter --adapter mine=runs/mine/adapter
       shoal serve --host 0.0.0.0 --api-key-file keys.txt --log json
       curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"messages": \\[{"role": "user", "content": "Hello"}]}'
     """
     from shoal import hub
+    from shoal.cli.trace import Traces
     from shoal.engine import LLM
     from shoal.server.run import bind, serve
 
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
     name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
+    adapters = _adapters(adapter or [], name)
     keys = _Keys(api=api_key or [], file=api_key_file, admin=admin_key or [], without=without_key)
     policy = _policy(host, keys, cors_origin or [], log, log_prompts)
     sock = bind(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-    say = _Voice(log)
+    say, traces = _Voice(log), Traces(trace_dir, keep_text=trace_text)
+
+    def load() -> LLM:
+        llm = LLM(path, max_context=max_context, threads=threads, max_running=parallel)
+        return traces.watch(_beside(llm, adapters))
+
     stopped = serve(
-        lambda: LLM(path, adapter=adapter, max_context=max_context, threads=threads, max_running=parallel),
-        name=name, sock=sock, parallel=parallel, max_queue=max_queue, request_seconds=request_seconds,
-        drain_seconds=drain_seconds, price_per_hour=price_per_hour, policy=policy,
+        load,
+        name=name, sock=sock, adapters=tuple(adapters), parallel=parallel, max_queue=max_queue,
+        request_seconds=request_seconds, drain_seconds=drain_seconds, price_per_hour=price_per_hour, policy=policy,
         on_start=lambda: say(f"listening on {address} (loading {name})", "listening", url=address, model=name),
         on_ready=say.ready,
     )  # fmt: skip
+    traces.close()
     say("stopped", "stopped")
     if not stopped:
         sys.stderr.flush()
         os._exit(0)
+
+
+def _adapters(given: list[str], model: str) -> dict[str, Path]:
+    """Folders by name."""
+    out: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise ConfigError("adapter", f"{text!r} is not NAME=DIR")
+        if name in out or name == model:
+            raise ConfigError("adapter", f"the name {name!r} is taken")
+        out[name] = Path(folder)
+    return out
+
+
+def _beside(llm: LLM, adapters: dict[str, Path]) -> LLM:
+    """Adapters beside the model: each holds anew only the matrices that it changes, and a cache of its own."""
+    llm.beside.update({name: llm.with_adapter(folder) for name, folder in adapters.items()})
+    return llm
 
 
 class _Keys(NamedTuple):

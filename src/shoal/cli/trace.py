@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli.console import Meter, human_count, note, print_table, write_json
-from shoal.errors import FileError, RequestError
+from shoal.errors import FileError, RequestError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.engine import LLM, Generation, SamplingParams
+    from shoal.trace.recorder import Recorder
     from shoal.trace.summary import LayerDrift, LayerSummary
+    from shoal.trace.table import Shape
 
 MAX_LINE = 1 << 24
 SUMMARY, EXPORT = "summary", "export"
@@ -62,20 +66,52 @@ def run(
     _record(what, prompts, out, max_tokens=max_tokens, threads=threads, keep_text=keep_text, as_json=as_json)
 
 
+class Traces:
+    """What `shoal serve` records into a folder; nothing if there is none. Without `keep_text` the files do not
+    tell what was asked."""
+
+    def __init__(self, folder: Path | None, *, keep_text: bool = False) -> None:
+        self._folder, self._keep_text = folder, keep_text
+        self._recorder: Recorder | None = None
+
+    def watch(self, llm: LLM) -> LLM:
+        """Listen to a model from now on. ConfigError if it has no experts."""
+        if self._folder is not None:
+            from shoal.trace.recorder import Recorder
+
+            text = llm.tokenizer.token_bytes if self._keep_text else None
+            self._recorder = Recorder(self._folder, _shape(llm), text=text, folder=True, on_failure=_stopped)
+            llm.trace = self._recorder.listen
+        return llm
+
+    def close(self) -> None:
+        """Finish the last file. That recording failed has been said when it did."""
+        if self._recorder is not None:
+            with contextlib.suppress(ShoalError):
+                self._recorder.close()
+
+
+def _stopped(error: Exception) -> None:
+    note(f"shoal: recording stopped: {error}", dim=False)
+
+
+def _shape(llm: LLM) -> Shape:
+    from shoal.trace.table import Shape
+
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Shape.of(llm.config, model=llm.name, started=started)
+
+
 def _record(
     model: str, prompts: Path, out: Path, *, max_tokens: int, threads: int | None, keep_text: bool, as_json: bool
 ) -> None:
-    import datetime
-
     from shoal import settings
     from shoal.engine import LLM, SamplingParams
     from shoal.trace.recorder import Recorder
-    from shoal.trace.table import Shape
 
     asked = read_prompts(prompts)  # mistakes in the file are cheaper to find before the model is loaded
     llm = LLM(model, threads=threads or settings.threads())
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    shape = Shape.of(llm.config, model=llm.name, started=started)
+    shape = _shape(llm)
     texts = [llm.encode_chat(prompt) if isinstance(prompt, list) else prompt for prompt in asked]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens or None)
     with Recorder(out, shape, text=llm.tokenizer.token_bytes if keep_text else None) as recorder:

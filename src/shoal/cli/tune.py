@@ -32,12 +32,15 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the data, print all settings, and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Tune a model on examples. The same command goes on where an earlier one ended, however it ended.
+    """Tune a model on examples: adapters under a budget, or all weights.
+
+    The same command goes on where an earlier one ended, however it ended.
 
     A line is a conversation ("messages"), a "prompt" and its "completion", an Alpaca or a ShareGPT record; only the
     answers are learnt. Adapters go where the data's routing and gradient say, --budget parameters at most, and are
     written to DIR/adapter as a PEFT folder, which Hugging Face PEFT loads and `shoal chat`, `serve` and `convert` take
-    with --adapter; --full writes a whole model to DIR/model. Every 20th example is held out, the best weights are kept.
+    with --adapter (serve: NAME=DIR); --full writes a whole model to DIR/model. Every 20th example is held out, and the
+    best weights are kept.
 
     Ctrl-C and SIGTERM save and end; so does touching DIR/STOP; DIR/SAVE saves.
 

@@ -154,8 +154,8 @@ def histogram(
             corners += [(left + j * step, y), (left + (j + 1) * step, y)]
         corners.append((left + len(row) * step, bottom))
         marks.append(f'<polygon points="{_points(corners)}" class="fill{i % SERIES} area">{tooltip(name)}</polygon>')
-    for value in ticks(low, high, 6):
-        label = number(10**value) if log else f"{value:.3g}"
+    for value in _decades(low, high) if log else ticks(low, high, 6):
+        label = number(round(10**value)) if log else f"{value:.3g}"
         marks.append(text(across(value), bottom + 16, label, "tick", "middle"))
     for value in limits:
         x = across(min(max(value, low), high))
@@ -163,6 +163,12 @@ def histogram(
                      f"{tooltip(f'{value:.4g}')}</line>")  # fmt: skip
     marks.append(text((left + right) / 2, height - 6, x_label, "axis", "middle"))
     return svg(height, marks, x_label, width)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 3, 10, 30, … from `low` to `high`."""
+    places = [power + half for power in range(math.floor(low), math.ceil(high)) for half in (0, math.log10(3))]
+    return [place for place in [*places, math.ceil(high)] if low <= place <= high]
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float]]], *, width: float = WIDTH, label: float = 190) -> str:
@@ -207,7 +213,7 @@ def flow(start: tuple[str, float], stages: Sequence[Stage], *, unit: str, width:
     marks.append(_node(x, top, amount * scale, f"{start[0]}: {amount:,.0f} {unit}"))
     for i, stage in enumerate(stages):
         after = x + step
-        lost = max(amount - stage.stays, 0)
+        lost = sum(stage.drops.values())
         kept = stage.stays * scale
         marks.append(_ribbon(x + 10, after, top, top, kept, "stream", f"{stage.name}: {stage.stays:,.0f} {unit} stay"))
         if lost > 0:
@@ -240,6 +246,6 @@ def _arm(x1: float, x2: float, y: float, thick: float, stage: Stage, lost: float
     marks = [_ribbon(x1, end, y, low - 18 - thick, thick, "drop", f"{stage.name} drops {lost:,.0f} {unit}. {reasons}")]
     marks.append(text(end, low, f"−{number(lost)}", "lost", "end"))
     top = next(iter(stage.drops), "")
-    shown = top.split(": ", 1)[-1]
+    shown = top if len(top) <= 30 else top.split(": ", 1)[-1]
     marks.append(text(end, low + 15, shown if len(shown) <= 30 else shown[:29] + "…", "tick", "end"))
     return marks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from shoal.formats.atomic import atomic_folder
 from shoal.formats.tokenizer import Tokenizer
 
 STAGE = "pack"
-BATCH = 1 << 20  # characters tokenized at once
+BATCH = 1 << 17  # characters tokenized at once: a token costs the library some 150 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +47,11 @@ def pack_shard(job: Packing, shard: int) -> dict[str, Any]:
         for _ in kept:
             pass
         return ledger.data
-    tokenizer = vocabulary.load_tokenizer(str(job.tokenizer))
+    digest = vocabulary.digest(job.tokenizer)
+    tokenizer = _load(job.tokenizer, digest)
     parts = _part(job.folder, shard)
     shutil.rmtree(parts, ignore_errors=True)
-    with ShardWriter(
-        parts, vocab_size=tokenizer.vocab_size, tokenizer_digest=vocabulary.digest(job.tokenizer)
-    ) as writer:
+    with ShardWriter(parts, vocab_size=tokenizer.vocab_size, tokenizer_digest=digest) as writer:
         for ids in _tokenized(kept, tokenizer):
             writer.add(ids)
             ledger.data["tokens"] += len(ids)
@@ -64,7 +64,7 @@ def join_parts(job: Packing, shards: list[int], provenance: dict[str, Any]) -> i
     target = job.folder / "tokens"
     shutil.rmtree(target, ignore_errors=True)
     total = 0
-    vocab_size = vocabulary.load_tokenizer(str(job.tokenizer)).vocab_size
+    vocab_size = open_shards(_part(job.folder, shards[0])).vocab_size
     with ShardWriter(
         target, vocab_size=vocab_size, tokenizer_digest=vocabulary.digest(job.tokenizer), provenance=provenance
     ) as writer:
@@ -100,6 +100,12 @@ def keep_tokenizer(folder: Path, name: str) -> Path:
     with atomic_folder(target) as temporary:
         tokenizer.save(temporary)
     return target
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, digest: str) -> Tokenizer:
+    """Once a process; the digest tells apart what was trained anew in the same place."""
+    return vocabulary.load_tokenizer(str(folder))
 
 
 def _part(folder: Path, shard: int) -> Path:

@@ -24,6 +24,7 @@ class Recipe:
         text_field, id_field: columns of rows.
         max_document: bytes; larger documents and lines are passed over.
         rules: names of rule sets (`shoal.data.rules`).
+        identify_language: tell the natural language of texts, for 60 MB a worker and a millisecond a text.
         languages: what to keep, ISO 639-1 codes for text and names such as `python` for code; empty keeps all.
         licences: `any`, or `permissive`: only what asks for attribution at most.
         evaluations: files whose pieces no document may hold.
@@ -44,6 +45,7 @@ class Recipe:
     id_field: str = "id"
     max_document: int = MAX_DOCUMENT
     rules: tuple[str, ...] = ("auto",)
+    identify_language: bool = True
     languages: tuple[str, ...] = ()
     licences: str = "any"
     evaluations: tuple[Path, ...] = ()
@@ -69,6 +71,8 @@ class Recipe:
         kind = next((source.kind for source in self.sources if source.kind not in (None, "text", "code")), None)
         if kind is not None:
             raise ConfigError("kind", f"must be text or code, got {kind!r}")
+        if self.languages and not self.identify_language:
+            raise ConfigError("languages", "cannot be told apart with identify_language off")
         if self.licences not in ("any", "permissive"):
             raise ConfigError("licences", f"must be any or permissive, got {self.licences!r}")
         if not 0 <= self.near_duplicates <= 1:

@@ -78,7 +78,10 @@ def render(summary: dict[str, Any], scores: list[float] | None = None) -> str:
 
 
 def _dropped(ledgers: tuple[dict[str, Any], ...]) -> dict[str, dict[str, list[int]]]:
-    return {step: reasons for ledger in ledgers for step, reasons in ledger["dropped"].items()}
+    """Reasons by step, in the order of the steps."""
+    return {
+        step: ledger["dropped"][step] for ledger in ledgers for step in ledger["steps"] if step in ledger["dropped"]
+    }
 
 
 def _flow(clean: dict[str, Any], pack: dict[str, Any], rate: float) -> Section:
@@ -100,7 +103,7 @@ def _flow(clean: dict[str, Any], pack: dict[str, Any], rate: float) -> Section:
         extra.append(f"One character is {rate:.3f} tokens here, so {number(start[1] * rate)} tokens were read")
     if masked:
         what = ", ".join(f"{number(count)} × {kind}" for kind, count in sorted(masked.items(), key=lambda i: -i[1]))
-        extra.append(f"masked: {what}")
+        extra.append(f"Masked: {what}")
     hint = "Widths are characters. Each arm is what a step let go, with its foremost reason; hover for the others."
     return Section("The flow", body + (f'<p class="hint">{". ".join(extra)}.</p>' if extra else ""), hint)
 

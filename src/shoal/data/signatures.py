@@ -15,7 +15,7 @@ from shoal.formats.atomic import atomic_file
 SHINGLE = 5  # words
 BANDS, ROWS = 24, 5  # two documents meet if one band of rows agrees: 99% of pairs of similarity 0.7 do
 VALUES = BANDS * ROWS
-BATCH_TOKENS = 1 << 20
+BATCH_TOKENS = 1 << 17
 # A row: 4 words of the exact digest, 1 if there are shingles, the MinHash values.
 WIDTH = 4 + 1 + VALUES
 

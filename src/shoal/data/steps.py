@@ -78,9 +78,10 @@ def standard_steps(recipe: Recipe) -> list[tuple[str, Step]]:
     steps: list[tuple[str, Step]] = [
         ("normalise", editing(clean)),
         ("licence", filtering("licence", licence)),
-        ("language", filtering("language", spoken)),
-        ("quality", filtering("quality", quality)),
     ]
+    if recipe.identify_language:
+        steps.append(("language", filtering("language", spoken)))
+    steps.append(("quality", filtering("quality", quality)))
     if recipe.evaluations:
         evaluations = load_evaluations(tuple(Path(path) for path in recipe.evaluations))
         steps.append(("contamination", filtering("contamination", lambda one: contaminated(one, evaluations))))

@@ -84,6 +84,7 @@ class LLM:
             "speculate": speculate, "look_ahead": look_ahead,
         }  # fmt: skip
         self._checkpoint = checkpoint
+        self.beside: dict[str, LLM] = {}  # adapted models by name (`with_adapter`) that `step` advances too
         self.path = checkpoint.path
         self.name = (
             model
@@ -187,9 +188,10 @@ class LLM:
         return Generation(self._core, self.tokenizer, sequence, score=score)
 
     def step(self) -> bool:
-        """Advance every started generation by one step: a token each, or a piece of their prompts. False if there is
-        nothing to do. A request that fails does so when its chunks are taken, not here."""
-        return self._core.step()
+        """Advance every started generation, those of `beside` too, by one step: a token each, or a piece of their
+        prompts. False if there is nothing to do. A request that fails does so when its chunks are taken, not here."""
+        worked = [self._core.step(), *(llm.step() for llm in self.beside.values())]
+        return any(worked)
 
     @property
     def load(self) -> Load:

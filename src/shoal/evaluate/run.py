@@ -56,7 +56,7 @@ def evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found = simple_evaluate(
         model=EngineLM(llm, progress), tasks=configs, limit=limit, num_fewshot=num_fewshot, apply_chat_template=chat,
-        task_manager=TaskManager(include_defaults=False), log_samples=False, bootstrap_iters=1000,
+        task_manager=TaskManager(include_defaults=False), bootstrap_iters=1000,
         confirm_run_unsafe_code=True,
     )  # fmt: skip
     assert found is not None

@@ -40,7 +40,8 @@ def attend(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNV: Tensor, mask: Tensor | None, 
     """softmax(scale · q kᵀ) v over what `mask` shows, [B, T, N, V]. Key heads, if fewer, are shared in order."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
     if trains_on_cpu(q, k):
-        out_BNTV = attend_in_blocks(q, k, v, None if mask is None else mask.flatten(0, -3), scale)
+        mask_RTS = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+        out_BNTV = attend_in_blocks(q, k, v, mask_RTS, scale)
         return out_BNTV.transpose(1, 2)
     out_BNTV = F.scaled_dot_product_attention(
         q,

@@ -108,7 +108,10 @@ class _Experts(torch.autograd.Function):
 
         rows_PD = grad_TD.to(x_TD.dtype).index_select(0, runs.token_P)
         d_h_PF = _products(rows_PD, down_EDF, runs, torch.empty_like(silu_PF))
-        d_down_EDF = _outer_products(rows_PD, unweighted_PF * weights_P1, runs, torch.empty_like(down_EDF))
+        d_down_EDF = None
+        if ctx.needs_input_grad[4]:
+            d_down_EDF = _outer_products(rows_PD, unweighted_PF * weights_P1, runs, torch.empty_like(down_EDF))
+            d_down_EDF = d_down_EDF.to(ctx.param_dtype)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         d_weights_P = (d_h_PF * unweighted_PF).sum(-1, dtype=wide)
 
@@ -116,17 +119,14 @@ class _Experts(torch.autograd.Function):
         d_z_PG = torch.empty_like(z_PG)
         torch.mul(d_h_PF, silu_PF, out=d_z_PG[:, width:])
         d_z_PG[:, :width] = torch.ops.aten.silu_backward(d_h_PF.mul_(z_U_PF), z_G_PF)
-        torch.index_select(x_TD, 0, runs.token_P, out=rows_PD)
-        d_both_EGD = _outer_products(d_z_PG, rows_PD, runs, torch.empty_like(both_EGD))
+        d_gate_EFD = d_up_EFD = None
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            torch.index_select(x_TD, 0, runs.token_P, out=rows_PD)
+            d_both_EGD = _outer_products(d_z_PG, rows_PD, runs, torch.empty_like(both_EGD))
+            halves = d_both_EGD.tensor_split(2, dim=1)
+            d_gate_EFD, d_up_EFD = (half.to(ctx.param_dtype, memory_format=torch.contiguous_format) for half in halves)
         d_x_TD = _collect(_products(d_z_PG, both_EGD, runs, rows_PD), runs)
-        return (
-            d_x_TD,
-            d_weights_P[runs.row_TK].to(ctx.weight_dtype),
-            d_both_EGD[:, :width].to(ctx.param_dtype, memory_format=torch.contiguous_format),
-            d_both_EGD[:, width:].to(ctx.param_dtype, memory_format=torch.contiguous_format),
-            d_down_EDF.to(ctx.param_dtype),
-            None,
-        )
+        return d_x_TD, d_weights_P[runs.row_TK].to(ctx.weight_dtype), d_gate_EFD, d_up_EFD, d_down_EDF, None
 
 
 def _products(rows_PA: Tensor, weight_EAB: Tensor, runs: Runs, out_PB: Tensor) -> Tensor:

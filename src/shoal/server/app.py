@@ -108,13 +108,16 @@ def _middleware(policy: Policy) -> list[Middleware]:
 
 
 async def list_models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_model_card(service_of(request))]})
+    service = service_of(request)
+    cards = [_model_card(service, name) for name in (service.name, *service.adapters)]
+    return json_response({"object": "list", "data": cards})
 
 
 async def show_model(request: Request) -> Response:
     service = service_of(request)
-    service.check_model(request.path_params["name"])
-    return json_response(_model_card(service))
+    name = request.path_params["name"]
+    service.check_model(name)
+    return json_response(_model_card(service, name))
 
 
 async def health(request: Request) -> Response:
@@ -138,8 +141,10 @@ async def openapi(request: Request) -> Response:
     return json_response(document())
 
 
-def _model_card(service: Service) -> dict[str, object]:
-    card: dict[str, object] = {"id": service.name, "object": "model", "created": service.created, "owned_by": "shoal"}
+def _model_card(service: Service, name: str) -> dict[str, object]:
+    card: dict[str, object] = {"id": name, "object": "model", "created": service.created, "owned_by": "shoal"}
+    if name != service.name:
+        card["parent"] = service.name
     if service.worker.state == "ready":
         card["max_model_len"] = service.worker.engine().max_context
     return card

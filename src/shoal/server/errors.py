@@ -15,7 +15,7 @@ from starlette.responses import Response
 from shoal.errors import RequestError, ShoalError
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
-TYPES |= {504: "timeout_error"}
+TYPES |= {408: "timeout_error"}
 CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 
 

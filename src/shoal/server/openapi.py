@@ -47,13 +47,12 @@ PROBLEMS = {
     "401": "No valid key",
     "403": "From another site, or under a foreign name",
     "404": "No such model",
-    "408": "The body took too long to arrive",
+    "408": "The body took too long to arrive, or the answer to write",
     "413": "The body is too large",
     "415": "The body is compressed",
     "429": "The queue is full; `Retry-After` says when to come back",
     "500": "A fault of the server",
     "503": "The model is loading or the server is stopping",
-    "504": "The deadline has passed",
 }
 
 
@@ -64,7 +63,7 @@ def document() -> dict[str, Any]:
     for path, (kind, summary, fields) in POSTS.items():
         content = {"application/json": {"schema": {"$ref": REF.format(model=kind.__name__)}}}
         streams = "stream" in kind.model_fields
-        operation = _operation(summary, fields, ["400", "408", "413", "415", "429", "504"], streams=streams)
+        operation = _operation(summary, fields, ["400", "408", "413", "415", "429"], streams=streams)
         paths[path] = {"post": {**operation, "requestBody": {"required": True, "content": content}}}
     for path, (summary, fields) in GETS.items():
         operation = _operation(summary, fields, [])

@@ -179,7 +179,9 @@ class _Reply:
     def __init__(self, http: Request, request: ChatRequest, plan: _Plan) -> None:
         self._service = service = service_of(http)
         self._note: dict[str, Any] = http.scope["note"]
-        self._head = service.head("chatcmpl", "chat.completion.chunk" if request.stream else "chat.completion")
+        self._head = service.head(
+            "chatcmpl", "chat.completion.chunk" if request.stream else "chat.completion", request.model
+        )
         self._plan = plan
         self._request = request
         self._choices: dict[int, _Choice] = {}

@@ -75,8 +75,8 @@ def _prompt_ids(llm: LLM, prompt: str | list[int], suffix: str | None) -> list[i
         ids = tokenizer.encode(prompt, add_bos=False if suffix else None)
     else:
         ids = prompt
-        if any(token >= tokenizer.vocab_size for token in ids):  # rows that only pad the embedding table
-            raise RequestError("prompt", f"token ids must lie below {tokenizer.vocab_size}")
+        if not all(0 <= token < tokenizer.vocab_size for token in ids):  # beyond are rows that only pad the table
+            raise RequestError("prompt", f"token ids must lie from 0 to {tokenizer.vocab_size - 1}")
     if not suffix:
         return ids
     filled = fim_prompt(tokenizer, ids, tokenizer.encode(suffix, add_bos=False))
@@ -128,7 +128,7 @@ class _Reply:
     def __init__(self, http: Request, request: CompletionRequest, echoes: list[str]) -> None:
         self._service = service = service_of(http)
         self._note: dict[str, Any] = http.scope["note"]
-        self._head = service.head("cmpl", "text_completion")
+        self._head = service.head("cmpl", "text_completion", request.model)
         self._request = request
         self._echoes = echoes
         self._choices: dict[int, _Choice] = {}

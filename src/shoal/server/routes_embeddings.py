@@ -35,7 +35,7 @@ async def embeddings(request: Request) -> Response:
     def add(piece: Piece) -> None:
         found.extend(piece[1])
 
-    return await whole_answer(request, results, add, lambda: _answer(service.name, body, found))
+    return await whole_answer(request, results, add, lambda: _answer(body.model or service.name, body, found))
 
 
 def _prepare(llm: LLM, body: EmbeddingRequest) -> list[list[int]]:

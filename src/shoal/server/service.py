@@ -33,6 +33,7 @@ class Service:
 
     name: str
     worker: EngineWorker
+    adapters: tuple[str, ...] = ()  # names in `LLM.beside` that a request may ask for instead
     price_per_hour: float | None = None  # of the machine, in US dollars
     embeddings: EmbeddingQueue = field(default_factory=EmbeddingQueue)
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
@@ -45,22 +46,25 @@ class Service:
 
     def engine_for(self, model: str | None) -> LLM:
         self.check_model(model)
-        return self.worker.engine()
+        llm = self.worker.engine()
+        return llm if model in (None, self.name) else llm.beside[str(model)]
 
     def check_model(self, model: str | None) -> None:
-        if model is not None and model != self.name:
+        if model is not None and model not in (self.name, *self.adapters):
             shown = model if len(model) <= 100 else model[:100] + "…"
+            served = " and ".join(map(repr, (self.name, *self.adapters)))
+            verb = "are" if self.adapters else "is"
             raise ApiError(
-                404, f"model {shown!r} is not served here; {self.name!r} is", param="model", code="model_not_found"
+                404, f"model {shown!r} is not served here; {served} {verb}", param="model", code="model_not_found"
             )
 
-    def head(self, prefix: str, kind: str) -> dict[str, Any]:
+    def head(self, prefix: str, kind: str, model: str | None = None) -> dict[str, Any]:
         """The fields that open every answer and every streamed event."""
         return {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
-            "model": self.name,
+            "model": model or self.name,
             "system_fingerprint": self.fingerprint,
         }
 

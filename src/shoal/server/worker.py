@@ -138,7 +138,7 @@ class EngineWorker:
         load: makes the engine; called once, on the thread.
         parallel: most generations that run at once. A request with more of them than that runs alone.
         max_queue: most requests that wait for a place; more are refused with 429.
-        seconds: most that a request may take, the wait included; it then ends with 504, or an error event.
+        seconds: most that a request may take, the wait included; it then ends with 408, or an error event.
         on_failure: called on the thread if loading fails; `error` then says why.
     """
 
@@ -328,7 +328,7 @@ class EngineWorker:
 
 
 def late() -> ApiError:
-    return ApiError(504, "the request took longer than it may", code="deadline_exceeded")
+    return ApiError(408, "the request took longer than it may", code="deadline_exceeded")
 
 
 def _unavailable(state: str) -> ApiError:

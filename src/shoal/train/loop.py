@@ -142,6 +142,8 @@ class Run:
     def go(self, until: int) -> Outcome:
         """Step until `until` steps are done or somebody asks to stop; save; export at the end."""
         requests = Requests(self.out)
+        if self.process.leads:
+            requests.forget_files()
         record: Record | None = None
         with requests.listening():
             while self.step < until and not self.finished():

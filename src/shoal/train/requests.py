@@ -41,6 +41,11 @@ class Requests:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def forget_files(self) -> None:
+        """Remove what was touched before this run began: it was meant for another."""
+        self.take_stop()
+        self.take_save()
+
     def take_stop(self) -> bool:
         """Whether a file `STOP` was touched; it is removed."""
         return self._take_file(STOP_FILE)

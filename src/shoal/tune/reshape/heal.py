@@ -45,7 +45,7 @@ class HealSettings:
 
     steps: int
     batch: int = 2
-    lr: float = 3e-3
+    lr: float = 1e-3
     seed: int = 0
     clip: float = 1.0
     bfloat16: bool = False

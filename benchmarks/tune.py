@@ -1,0 +1,294 @@
+"""Tuning beside transformers + PEFT, and adapters placed by the data beside plain LoRA and full tuning.
+
+    python benchmarks/tune.py speed      # tokens/s and peak memory on the same model, adapter, examples and precision
+    python benchmarks/tune.py quality    # held-out loss: placed adapters, LoRA of the same size, all weights; 3 seeds
+
+Both sides of `speed` run in processes of their own, turn by turn. The peer is what its documentation shows: a padded
+batch with labels of -100 on prompts and padding, `get_peft_model`, AdamW. Tokens are those of the examples, without
+padding. Results go to benchmarks/results/tune_<hardware>_<date>.{md,json}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+
+
+# ---- examples: questions about a made-up shop, answered in a form of its own, so that there is something to learn
+
+
+def write_examples(path: Path, count: int, seed: int = 0) -> None:
+    import random
+
+    rng = random.Random(seed)
+    goods = ["lamp", "chair", "kettle", "rope", "anchor", "net", "oar", "sail", "compass", "lantern"]
+    places = ["Bergen", "Porto", "Aarhus", "Cork", "Nantes", "Turku", "Genoa", "Split"]
+    with path.open("w") as file:
+        for _ in range(count):
+            lines = [(rng.choice(goods), rng.randint(1, 40), rng.randint(2, 99)) for _ in range(rng.randint(1, 6))]
+            asked = ", ".join(f"{n} {good}s at {price} crowns" for good, n, price in lines)
+            place = rng.choice(places)
+            total = sum(n * price for _, n, price in lines)
+            body = "; ".join(f"{good.upper()}×{n}={n * price}" for good, n, price in sorted(lines))
+            talk = [
+                {"role": "user", "content": f"Please write the order slip for {place}: {asked}."},
+                {"role": "assistant", "content": f"[{place[:3].upper()}] {body} | sum {total}"},
+            ]
+            file.write(json.dumps({"messages": talk}) + "\n")
+
+
+class Quiet:
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def step(self, record: dict[str, Any], until: int) -> None:
+        pass
+
+
+# ---- speed
+
+
+def ours(model: str, data: Path, steps: int, batch: int, length: int, rank: int) -> dict[str, float]:
+    from shoal import hub
+    from shoal.formats.checkpoint import open_checkpoint
+    from shoal.train.log import read_log
+    from shoal.train.recipe import ValidationSettings
+    from shoal.tune.adapters import targets
+    from shoal.tune.recipe import TuneSettings
+    from shoal.tune.sft import Data, TuneRun, default_recipe, settle
+
+    checkpoint = open_checkpoint(hub.resolve(model))
+    settings = TuneSettings(model=model, data=str(data), method="lora", budget="49%", held_out=0.0)
+    recipe = default_recipe(checkpoint, settings)
+    recipe = replace(recipe, sequence_length=length, validation=ValidationSettings(every=0))
+    found = Data(recipe, checkpoint)
+    # As many examples a step as the peer has, packed.
+    used = float((found.rows.documents >= 0).mean())
+    rows = max(1, round(batch * found.report.tokens / found.report.sequences / (used * length)))
+    shapes = targets(_empty(checkpoint))
+    budget = sum(rank * (o + i) for t, (_, o, i) in shapes.items() if t.endswith(("q_proj", "v_proj")))
+    tuning = replace(settings, budget=str(budget))
+    recipe = settle(replace(recipe, batch=rows, micro_batch=rows, tune=tuning), found, steps=steps, epochs=1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = TuneRun(recipe, Path(folder), found, Quiet())
+        run.go(steps)
+        run.close()
+        log = read_log(Path(folder) / "log.jsonl")
+    seconds = statistics.median(record["seconds"] for record in log[1:])
+    return {"tok_s": rows * length * used / seconds, "loss": log[-1]["loss"], "peak_mb": _peak(), "trained": budget}
+
+
+def _empty(checkpoint: Any) -> Any:
+    import torch
+
+    from shoal.model import Model
+
+    with torch.device("meta"):
+        return Model(checkpoint.config)
+
+
+def theirs(folder: str, data: Path, steps: int, batch: int, rank: int) -> dict[str, float]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"]))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    talks = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
+    seconds, tokens, loss = [], 0, 0.0
+    for step in range(steps):
+        started = time.perf_counter()
+        chosen = [talks[(step * batch + i) % len(talks)] for i in range(batch)]
+        prompts = [tokenizer.apply_chat_template(t[:1], add_generation_prompt=True, return_dict=False) for t in chosen]
+        wholes = [tokenizer.apply_chat_template(t, return_dict=False) for t in chosen]
+        width = max(map(len, wholes))
+        ids = torch.full((batch, width), tokenizer.pad_token_id or 0)
+        labels, mask = torch.full((batch, width), -100), torch.zeros((batch, width), dtype=torch.long)
+        for row, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
+            ids[row, : len(whole)] = torch.tensor(whole)
+            labels[row, len(prompt) : len(whole)] = torch.tensor(whole[len(prompt) :])
+            mask[row, : len(whole)] = 1
+        out = model(input_ids=ids, attention_mask=mask, labels=labels)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        loss = float(out.loss)
+        if step:
+            seconds.append(time.perf_counter() - started)
+            tokens += int(mask.sum())
+    return {
+        "tok_s": tokens / sum(seconds), "loss": loss, "peak_mb": _peak(),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }  # fmt: skip
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    from shoal import hub
+    from shoal.formats.convert import convert
+
+    with tempfile.TemporaryDirectory() as work:
+        folder, data = Path(work) / "model", Path(work) / "data.jsonl"
+        convert(hub.resolve(args.model), folder, dtype="bfloat16")
+        write_examples(data, 400)
+        found: dict[str, list[dict[str, float]]] = {"shoal": [], "peft": []}
+        for _ in range(args.pairs):
+            for side in found:
+                command = [sys.executable, __file__, "one", side, str(folder), str(data), "--steps", str(args.steps)]
+                command += ["--batch", str(args.batch), "--length", str(args.length), "--rank", str(args.rank)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                found[side].append(json.loads(done.stdout.splitlines()[-1]))
+                print(side, found[side][-1], file=sys.stderr)
+    ratios = sorted(a["tok_s"] / b["tok_s"] for a, b in zip(found["shoal"], found["peft"], strict=True))
+    return {"speed": found, "ratio": statistics.median(ratios), "least": ratios[0], "greatest": ratios[-1]}
+
+
+# ---- quality
+
+
+def quality(args: argparse.Namespace) -> dict[str, Any]:
+    """Held-out loss after the same steps on the same data, at the better of the given learning rates."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as work:
+        data, held_out = Path(work) / "data.jsonl", Path(work) / "held_out.jsonl"
+        write_examples(data, args.examples, seed=1)
+        write_examples(held_out, 60, seed=2)
+        for name, method, targets, rates in (
+            ("placed", "adapters", ("q_proj", "v_proj"), args.lr),
+            ("lora q,v", "lora", ("q_proj", "v_proj"), args.lr),
+            ("lora all", "lora", ("_proj",), args.lr),
+            ("full", "full", ("q_proj", "v_proj"), args.full_lr),
+        ):
+            for lr in rates:
+                for seed in range(args.seeds):
+                    entry = _tuned(args, data, held_out, method, targets, lr, seed, Path(work))
+                    out.setdefault(name, []).append(entry)
+                    print(name, entry, file=sys.stderr, flush=True)
+    return {"quality": out, "best": {name: _best(runs) for name, runs in out.items()}}
+
+
+def _tuned(
+    args: argparse.Namespace, data: Path, held_out: Path, method: str, targets: tuple[str, ...], lr: float, seed: int,
+    work: Path,
+) -> dict[str, Any]:  # fmt: skip
+    from shoal import hub
+    from shoal.errors import ConfigError
+    from shoal.formats.checkpoint import open_checkpoint
+    from shoal.train.log import read_log
+    from shoal.train.recipe import ValidationSettings
+    from shoal.tune.recipe import TuneSettings
+    from shoal.tune.sft import Data, TuneRun, default_recipe, settle
+
+    checkpoint = open_checkpoint(hub.resolve(args.model))
+    tuning = TuneSettings(
+        model=args.model, data=str(data), validation=str(held_out), method=method, budget=args.budget, targets=targets,
+        keep_best=False,
+    )  # fmt: skip
+    recipe = default_recipe(checkpoint, tuning)
+    recipe = replace(
+        recipe, seed=seed, sequence_length=args.length, batch=2, micro_batch=2,
+        optimiser=replace(recipe.optimiser, lr=lr), validation=ValidationSettings(every=args.steps),
+    )  # fmt: skip
+    found = Data(recipe, checkpoint)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        try:
+            run = TuneRun(settle(recipe, found, steps=args.steps, epochs=1), Path(folder), found, Quiet())
+        except ConfigError as error:
+            return {"lr": lr, "seed": seed, "refused": str(error)}
+        run.go(args.steps)
+        run.close()
+        log = read_log(Path(folder) / "log.jsonl")
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    return {"lr": lr, "seed": seed, "trained": trained, "first": log[0]["loss"], "val_loss": log[-1]["val_loss"]}
+
+
+def _best(runs: list[dict[str, Any]]) -> dict[str, float] | None:
+    means = {}
+    for lr in {run["lr"] for run in runs}:
+        losses = [run["val_loss"] for run in runs if run["lr"] == lr and "val_loss" in run]
+        if losses:
+            means[lr] = (statistics.mean(losses), min(losses), max(losses))
+    if not means:
+        return None
+    lr = min(means, key=lambda key: means[key][0])
+    return {"lr": lr, "mean": means[lr][0], "least": means[lr][1], "greatest": means[lr][2]}
+
+
+# ---- results
+
+
+def write_results(what: str, result: dict[str, Any]) -> None:
+    from peers_report import slug
+
+    from shoal.cli.machine import describe_machine
+
+    hardware = slug(describe_machine()["cpu"])
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"tune_{what}_{hardware}_{date.today().isoformat()}"
+    command = " ".join(["python", "benchmarks/tune.py", *sys.argv[1:]])
+    stem.with_suffix(".json").write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
+    lines = [f"# Tuning: {what}", "", f"`{command}`", ""]
+    if what == "speed":
+        lines += ["| side | tokens/s, median | peak MB | trained |", "|---|---|---|---|"]
+        for side, runs in result["speed"].items():
+            rate, peak = (statistics.median(run[key] for run in runs) for key in ("tok_s", "peak_mb"))
+            lines.append(f"| {side} | {rate:.0f} | {peak:.0f} | {runs[0]['trained']:.0f} |")
+        lines += ["", f"Ratio {result['ratio']:.2f} ({result['least']:.2f}–{result['greatest']:.2f})."]
+    else:
+        lines += ["| method | learning rate | held-out loss, mean | least–greatest |", "|---|---|---|---|"]
+        for name, best in result["best"].items():
+            if best is not None:
+                span = f"{best['least']:.4f}–{best['greatest']:.4f}"
+                lines.append(f"| {name} | {best['lr']:g} | {best['mean']:.4f} | {span} |")
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print(stem.with_suffix(".md").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "quality", "one"))
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8, help="examples of a step (speed)")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--budget", default="0.3%")
+    parser.add_argument("--examples", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--full-lr", type=float, nargs="+", default=[5e-5, 1e-4])
+    args = parser.parse_args()
+    if args.what == "one":
+        side, folder, data = args.rest
+        if side == "shoal":
+            result = ours(folder, Path(data), args.steps, args.batch, args.length, args.rank)
+        else:
+            result = theirs(folder, Path(data), args.steps, args.batch, args.rank)
+        print(json.dumps(result))
+        return
+    write_results(args.what, speed(args) if args.what == "speed" else quality(args))
+
+
+if __name__ == "__main__":
+    main()
