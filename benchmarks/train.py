@@ -33,10 +33,11 @@ from random_gguf import tiny
 from shoal.cli.machine import describe_machine
 from shoal.config import ModelConfig
 from shoal.cost.model_cost import params_by_part
+from shoal.cost.train_flops import train_flops
 from shoal.formats.atomic import atomic_file
 from shoal.formats.hf_folder import save_folder
 from shoal.model import as_checkpoint, random_model
-from shoal.train.measure import matrix_rate, train_flops_per_token
+from shoal.train.measure import matrix_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {"shoal": "Shoal", "eager": "transformers", "compiled": "transformers, compiled"}
@@ -116,7 +117,7 @@ def summary(args: argparse.Namespace, config: ModelConfig, measured: dict[str, A
     tokens = args.rows * args.length
     answers = measured["answers"]
     rates = {name: [tokens / one["seconds"] for one in rows[1:]] for name, rows in answers.items()}
-    flops = train_flops_per_token(config, args.length) * tokens
+    flops = train_flops(config, args.length).model * tokens
     size = sum(params_by_part(config).values()) * OPTIMISER_BYTES
     floors = [flops / limit["flops"] + size / limit["bytes"] for limit in measured["limits"][1:]]
     sides = {}

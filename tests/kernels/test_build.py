@@ -116,7 +116,9 @@ def test_baseline_objects_hold_baseline_instructions(objects):
         assert "%zmm" not in _run("objdump", "-d", "--no-show-raw-insn", objects["isa_avx2"])
 
 
-def test_check_program_under_sanitizers(tmp_path):
-    """Each kernel and vector primitive against scalar code, in arrays of their exact size at odd addresses."""
-    out = _run(_build(tmp_path, "kernel_check", "-DSHOAL_SANITIZE=ON") / "kernel_check")
-    assert re.search(r"^[1-9]\d* passed, 0 failed$", out, re.M), out
+def test_check_programs_under_sanitizers(tmp_path):
+    """Each kernel and vector primitive against scalar code, in arrays of their exact size at odd addresses; and the
+    executor."""
+    for program in ("kernel_check", "engine_check"):
+        out = _run(_build(tmp_path, program, "-DSHOAL_SANITIZE=ON") / program)
+        assert re.search(r"^[1-9]\d* passed, 0 failed$", out, re.M), out

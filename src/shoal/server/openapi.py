@@ -26,6 +26,8 @@ GETS = {
     "/health": ("200 once the model is loaded", ["status", "running", "waiting"]),
     "/version": ("Shoal's version", ["version"]),
 }
+# One server-sent event; its data is a chunk as JSON, or [DONE].
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -89,7 +91,7 @@ def document() -> dict[str, Any]:
 def _operation(summary: str, fields: list[str], problems: list[str], *, streams: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": fields}}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     responses: dict[str, Any] = {"200": {"description": "Done", "content": content}}
     for status in sorted({*problems, "401", "403", "404", "500", "503"}):
         error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
