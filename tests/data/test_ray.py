@@ -40,7 +40,7 @@ def deadly_once(recipe: Recipe):
 
 
 def test_a_killed_ray_worker_changes_no_byte(source, tmp_path):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", minversion="2.40")
     recipe = Recipe(sources=(Source(path=source),), vocab_size=500, shard_bytes=20_000)
     (tmp_path / "struck").touch()
     prepare(recipe, tmp_path / "here", Machine(workers=1), steps=deadly_once)

@@ -198,7 +198,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ),
     *(
         ("response_format.pattern", {"response_format": {"type": "regex", "pattern": pattern}})
-        for pattern in ("(" * 60_000, "(?<=a)b", r"(a)\1", "((a{1000}){1000}){1000}", "[")
+        for pattern in ("(" * 60_000, "(?<=a)b", r"(a)\1", "[")
     ),
     *(
         ("response_format.grammar", {"response_format": {"type": "grammar", "grammar": grammar}})
@@ -231,6 +231,15 @@ def test_a_hostile_form_is_refused_by_name_and_disturbs_nobody(server: Running, 
     error = response.json()["error"]
     assert error["param"] == param
     assert len(error["message"]) < 500 and "\n" not in error["message"] and "/work" not in error["message"]
+    assert server.http.get("/health").status_code == 200
+
+
+def test_a_huge_pattern_is_served_or_refused_but_never_waited_for(server: Running) -> None:
+    """It takes a busy machine more than the second that compiling may take, a quick one less."""
+    form = {"type": "regex", "pattern": "((a{1000}){1000}){1000}"}
+    response = server.http.post(CHAT, json={"messages": HELLO, "max_tokens": 5, "response_format": form})
+    assert response.status_code in (200, 400)
+    assert response.status_code == 200 or response.json()["error"]["param"] == "response_format.pattern"
     assert server.http.get("/health").status_code == 200
 
 
