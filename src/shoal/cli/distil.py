@@ -63,7 +63,8 @@ def run(
             raise
         raise MissingExtraError("train", "distillation") from error
     from shoal import hub, settings
-    from shoal.cli.train import show_recipe, use_threads
+    from shoal.cli.train import show_outcome, show_recipe, use_threads
+    from shoal.cli.tune import LOSSES
     from shoal.formats.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(hub.resolve(student))
@@ -80,9 +81,7 @@ def run(
     use_threads()
     llm = open_teacher(recipe.distil.teacher, max_context=recipe.sequence_length, threads=settings.threads())
     outcome = _run(recipe, checkpoint, llm, out, checker, steps, epochs)
-    from shoal.cli.tune import show_outcome
-
-    show_outcome(outcome, out, as_json)
+    show_outcome(outcome, out, as_json, LOSSES)
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +65,7 @@ def run(
     use_threads()
     with Screen() as screen:
         outcome = train(settings, out, screen, until=steps, prepare=found.prepare)
-    _show_outcome(outcome, out, as_json)
+    show_outcome(outcome, out, as_json)
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
@@ -100,25 +101,23 @@ def _as_text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (bool, list)) else str(value)
 
 
-def _show_outcome(outcome: Outcome, out: Path, as_json: bool) -> None:
+def show_outcome(outcome: Outcome, out: Path, as_json: bool, losses: Sequence[str] = ("loss", "val_loss")) -> None:
+    """How a run ended, with those losses of its last step, and where things are."""
     record = outcome.record or {}
+    made = outcome.model.name if outcome.model and outcome.model.name == "adapter" else "model"
     facts: dict[str, Any] = {
         "step": outcome.step,
-        "loss": record.get("loss"),
-        "val_loss": record.get("val_loss"),
+        **{name: record.get(name) for name in losses},
         "log": str(out / "log.jsonl"),
-        "model": str(outcome.model) if outcome.model else None,
+        made: str(outcome.model) if outcome.model else None,
     }
     if as_json:
         write_json(facts)
     else:
-        print_pairs({name: _short(value) for name, value in facts.items() if value is not None})
+        shown = {name: value for name, value in facts.items() if value is not None}
+        print_pairs({name: f"{v:.4f}" if isinstance(v, float) else str(v) for name, v in shown.items()})
     if outcome.model is None:
         note("saved; the same command goes on from here")
-
-
-def _short(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 class Screen:

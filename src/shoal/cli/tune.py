@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.console import human_count, note, print_pairs, write_json
+from shoal.cli.console import human_count, note
 from shoal.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
-    from shoal.train.loop import Outcome
     from shoal.tune.sft import Data
+
+LOSSES = ("loss", "val_loss", "best_loss")
 
 
 def run(
@@ -58,7 +59,7 @@ def run(
             raise
         raise MissingExtraError("train", "tuning") from error
     from shoal import hub
-    from shoal.cli.train import Screen, show_recipe, use_threads
+    from shoal.cli.train import Screen, show_outcome, show_recipe, use_threads
     from shoal.formats.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(hub.resolve(model))
@@ -78,7 +79,7 @@ def run(
     use_threads()
     with Screen() as screen:
         outcome = tune(recipe, out, found, screen)
-    show_outcome(outcome, out, as_json)
+    show_outcome(outcome, out, as_json, LOSSES)
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
@@ -90,24 +91,3 @@ def describe_data(data: Data) -> None:
     )
     if report.cut or report.dropped:
         note(f"{report.cut} sequences lost their end to sequence_length, {report.dropped} with it every answer")
-
-
-def show_outcome(outcome: Outcome, out: Path, as_json: bool) -> None:
-    record = outcome.record or {}
-    facts = {
-        "step": outcome.step,
-        "loss": record.get("loss"),
-        "val_loss": record.get("val_loss"),
-        "best_loss": record.get("best_loss"),
-        "log": str(out / "log.jsonl"),
-        "adapter" if outcome.model and outcome.model.name == "adapter" else "model": (
-            str(outcome.model) if outcome.model else None
-        ),
-    }
-    if as_json:
-        write_json(facts)
-    else:
-        shown = {name: value for name, value in facts.items() if value is not None}
-        print_pairs({name: f"{v:.4f}" if isinstance(v, float) else str(v) for name, v in shown.items()})
-    if outcome.model is None:
-        note("saved; the same command goes on from here")
