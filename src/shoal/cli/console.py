@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from shoal.errors import MissingExtraError
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -93,3 +96,14 @@ class Meter:
         elif total and 10 * done // total > self._tenths:
             self._tenths = 10 * done // total
             note(f"{self._title}: {self._show(done)} of {self._show(total)}")
+
+
+@contextlib.contextmanager
+def needs_torch(what: str) -> Iterator[None]:
+    """Around imports that fail without PyTorch: MissingExtraError then says what `what` needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtraError("train", what) from error

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.console import Meter, note
-from shoal.errors import ConfigError, FileError, MissingExtraError
+from shoal.cli.console import Meter, needs_torch, note
+from shoal.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from shoal.engine import LLM
@@ -53,15 +53,11 @@ def run(
       shoal distil --teacher smollm2-135m --student ./small --data chats.jsonl --out runs/small
       shoal distil -t ./big -s ./small --data q.jsonl --out runs/q --mode sequences --verify recipes/sql/task.py:right
     """
-    try:
+    with needs_torch("distillation"):
         from shoal.train.overrides import override
         from shoal.tune.distil import DistilRecipe, DistilSettings, open_teacher
         from shoal.tune.recipe import TuneSettings
         from shoal.tune.sft import default_recipe
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingExtraError("train", "distillation") from error
     from shoal import hub, settings
     from shoal.cli.train import show_outcome, show_recipe, use_threads
     from shoal.cli.tune import LOSSES

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.console import human_count, note, print_pairs, write_json
-from shoal.errors import MissingExtraError
+from shoal.cli.console import human_count, needs_torch, note, print_pairs, write_json
 
 if TYPE_CHECKING:
     from shoal.train.log import Record
@@ -47,14 +46,10 @@ def run(
       shoal train smoke --out runs/wide model.moe.n_routed_experts=32 optimiser.lr=2e-3
       shoal train ./my/recipe.py --dry-run
     """
-    try:
+    with needs_torch("training"):
         from shoal.train.find import find_recipe
         from shoal.train.loop import train
         from shoal.train.overrides import override
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingExtraError("train", "training") from error
     found = find_recipe(recipe)
     settings = override(found.recipe, changes or [])
     if dry_run:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.console import human_count, note
-from shoal.errors import ConfigError, MissingExtraError
+from shoal.cli.console import human_count, needs_torch, note
+from shoal.errors import ConfigError
 
 if TYPE_CHECKING:
     from shoal.tune.sft import Data
@@ -50,14 +50,10 @@ def run(
       shoal tune --model ./DeepSeek-V2-Lite --data chats.jsonl --out runs/lite --base int4 --budget 0.1%
       shoal tune --model smollm2-135m --data examples.jsonl --out runs/full --full optimiser.lr=2e-5
     """
-    try:
+    with needs_torch("tuning"):
         from shoal.train.overrides import override
         from shoal.tune.recipe import TuneSettings
         from shoal.tune.sft import Data, default_recipe, settle, tune
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingExtraError("train", "tuning") from error
     from shoal import hub
     from shoal.cli.train import Screen, show_outcome, show_recipe, use_threads
     from shoal.formats.checkpoint import open_checkpoint
