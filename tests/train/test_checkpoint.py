@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_shape_is_refused(recipe, run, tmp_path, part):
     """The recipe that is stored beside it normally says so first; tensors are checked all the same."""
     run(recipe, tmp_path / "run", until=2)
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints", silent)
-    state = {name: saved.tensors(name) for name in saved.files}
+    state = {name: saved.tensors(name) for name in saved.parts}
     name = next(name for name, value in state[part].items() if name.endswith("lm_head.weight") and value.dim())
     state[part][name] = state[part][name][:-1]
     checkpoint.save(tmp_path / "run" / "checkpoints", 3, state, saved.meta, keep=1)
