@@ -151,7 +151,7 @@ class Run:
         recipe, process = self.recipe, self.process
         self.model, self.batches, self.held_out, self.data_digest = model, batches, held_out, data_digest
         self.optimisers = make_optimisers(self.model, recipe.optimiser)
-        self.balance = RouterBalance(recipe.router.bias_speed)
+        self.balance = RouterBalance(recipe.router.bias_speed, process.sum)
         self.step = 0
         self.saved = -1
         self._resume()

@@ -47,8 +47,9 @@ def company(place: Launched) -> Iterator[Company]:
     """Join the other processes, and leave them in an orderly way: with last words if something goes wrong."""
     process = Company(place)
     try:
-        yield process
-        process.part()
+        with contextlib.closing(process.roll):
+            yield process
+            process.part()
     except BaseException as error:
         if process.leave(error):
             raise
@@ -181,9 +182,6 @@ class Company(Process):
     def lost(self, error: RuntimeError) -> str | None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when it misses a process; first the news
-        # Those who still wait for this process shall notice, so that they answer the call.
-        if dist.is_initialized() and self.device.type == "cpu":
-            dist.destroy_process_group()
         return self.roll.call(repr(error))
 
     def part(self) -> None:

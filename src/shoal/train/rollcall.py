@@ -5,8 +5,10 @@ It is kept in the launcher's key-value store, which outlives the processes (torc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -28,6 +30,9 @@ class RollCall:
     def __init__(self, store: Store, rank: int, world: int) -> None:
         self.store, self.rank, self.world = PrefixStore("shoal", store), rank, world
         self.absent: list[int] = []
+        self._ended = threading.Event()
+        self._listener = threading.Thread(target=self._answer, name="roll call", daemon=True)
+        self._listener.start()
         self._turns = 0
         self._places: dict[int, str] = {}
         self.store.set(f"place/{rank}", f"{socket.gethostname()} {os.getpid()}")
@@ -60,16 +65,30 @@ class RollCall:
         """
         try:
             ticket = self.store.add("failures", 1)
-            self.store.set(f"here/{self.rank}", f"{ticket} {problem}")
+            self.store.set(f"problem/{self.rank}", f"{ticket} {problem}")
             self.absent = self._wait_for_answers()
             if self.absent:
                 return "; ".join(map(self._describe, self.absent))
-            answers = [self.store.get(f"here/{rank}").decode().split(" ", 1) for rank in range(self.world)]
+            failed = [rank for rank in range(self.world) if self.store.check([f"problem/{rank}"])]
+            problems = {rank: self.store.get(f"problem/{rank}").decode().split(" ", 1) for rank in failed}
         except DistError:  # whoever held the store is gone: without torchrun, that is rank 0
             self.absent = [0] if self.rank else []
             return f"rank 0 of {self.world} is gone" if self.rank else None
-        first = next((rank for rank, (number, _) in enumerate(answers) if number == "1"), self.rank)
-        return None if first == self.rank else f"{self._where(first)} has failed: {answers[first][1]}"
+        first = min(problems, key=lambda rank: int(problems[rank][0]))
+        return None if first == self.rank else f"{self._where(first)} has failed: {problems[first][1]}"
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._ended.set()
+        self._listener.join()
+
+    def _answer(self) -> None:
+        """Answer the first call, whatever the main thread waits for."""
+        with contextlib.suppress(DistError):
+            while not self._ended.wait(POLL_SECONDS):
+                if self.store.check(["failures"]):
+                    self.store.set(f"here/{self.rank}", "")
+                    return
 
     def _wait_for_answers(self) -> list[int]:
         waited_for = [rank for rank in range(self.world) if rank != self.rank]

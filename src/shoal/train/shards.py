@@ -35,7 +35,10 @@ def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def rounds(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in the groups that `on_whole_matrices` takes: as many matrices as processes, anything else singly."""
+    """Tensors in the groups that `on_whole_matrices` takes: as many matrices as processes, anything else singly.
+
+    Matrices of a size come together, so that processes get equal work.
+    """
     cut = [matrix for matrix in matrices if _is_cut(matrix)]
     yield from ([matrix] for matrix in matrices if not _is_cut(matrix))
     for same in by_mesh(sorted(cut, key=lambda matrix: matrix.shape)):
@@ -55,17 +58,17 @@ def on_whole_matrices(like: Sequence[Tensor], pieces: list[Tensor], work: Callab
     """
     if not _is_cut(like[0]):
         return [work(piece) if piece.numel() else piece for piece in pieces]
-    mesh, (height, width) = mesh_of(like[0]), like[0].shape
+    mesh = mesh_of(like[0])
     group, size, mine = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+    height, width = like[mine].shape if mine < len(like) else (0, 0)
     sent = [piece.numel() for piece in pieces] + [0] * (size - len(pieces))
     # Rows are dealt out as torch.chunk does: the first processes have more, the last may have none.
     share = -(-height // size)
-    rows = [max(0, min(share, height - share * rank)) for rank in range(size)]
-    got = [count * width if mine < len(pieces) else 0 for count in rows]
+    got = [max(0, min(share, height - share * rank)) * width for rank in range(size)]
     flat = torch.cat([piece.reshape(-1) for piece in pieces])
     whole = flat.new_empty(sum(got))
     dist.all_to_all_single(whole, flat, got, sent, group=group)
-    if mine < len(pieces):
+    if mine < len(like):
         whole = work(whole.view(height, width)).reshape(-1).contiguous()
     dist.all_to_all_single(flat, whole, sent, got, group=group)
     return [part.view_as(piece) for part, piece in zip(torch.split(flat, sent[: len(pieces)]), pieces, strict=True)]
