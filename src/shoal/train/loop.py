@@ -21,13 +21,12 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 from shoal.cost.train_flops import train_flops
 from shoal.data.shards import INDEX, Shards, open_shards
 from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.atomic import atomic_file, atomic_folder
-from shoal.model import Model, as_checkpoint, random_model
+from shoal.model import Model, as_checkpoint
 from shoal.train import checkpoint, state
 from shoal.train.balance import RouterBalance
 from shoal.train.batches import IGNORE, Batches, Rows, split
@@ -37,6 +36,7 @@ from shoal.train.find import Prepare
 from shoal.train.log import Log, Record
 from shoal.train.losses import Losses, TextBatch, language_loss
 from shoal.train.measure import matrix_rate
+from shoal.train.network import make_model
 from shoal.train.optim import make_optimisers
 from shoal.train.process import Process
 from shoal.train.recipe import Recipe, flatten
@@ -264,13 +264,13 @@ class Run:
         started = time.perf_counter()
         settings, last = self.recipe.validation, self.step == until
         if self.held_out is not None and settings.every and (last or self.step % settings.every == 0):
-            with evaluating(self.model):
+            with evaluating(self.model, self.recipe):
                 record["val_loss"] = validation_loss(self.model, self.held_out, self.recipe, self.process)
             self.process.settle(self.model)
         samples = self.recipe.samples
         if samples.prompts and samples.every and (last or self.step % samples.every == 0):
             say = functools.partial(continue_text, self.model, self.tokenizer, settings=samples, seed=self.recipe.seed)
-            with evaluating(self.model):
+            with evaluating(self.model, self.recipe):
                 record["samples"] = [
                     {"prompt": text, "text": say(prompt=text, process=self.process)} for text in samples.prompts
                 ]
@@ -344,18 +344,6 @@ class Pace:
     def add(self, seconds: float) -> None:
         self._count += 1
         self.mean += (seconds - self.mean) / min(self._count, 10)
-
-
-def make_model(recipe: Recipe, process: Process) -> Model:
-    """The recipe's network, freshly drawn from its seed, on this process's device, ready to train."""
-    model = random_model(recipe.model, recipe.seed)
-    for block in model.model.layers:
-        if recipe.activation_checkpointing:
-            # Nothing in a layer draws random numbers, so there is no random state to keep.
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
-        if recipe.compile:
-            block.compile()
-    return process.wrap(model)
 
 
 @contextlib.contextmanager

@@ -26,8 +26,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
+from shoal.config import ModelConfig
 from shoal.errors import ShoalError
 from shoal.model import Model
+from shoal.model.block import Block
 from shoal.model.moe import MoE
 from shoal.settings import Launched
 from shoal.train import checkpoint, pieces
@@ -99,19 +101,38 @@ class Company(Process):
 
     # ---- the model in pieces
 
+    def make(self, config: ModelConfig, seed: int) -> Model:
+        # Layer by layer, in the order in which one process draws them: nobody ever holds the whole.
+        with torch.device("meta"):
+            model = Model(config)
+        generator = torch.Generator().manual_seed(seed)
+        inner = model.model
+        for part in (inner.embed_tokens, *inner.layers, inner.norm, *([model.lm_head] if model.lm_head else [])):
+            part.to_empty(device="cpu")
+            model.init_weights(generator, part)
+            if isinstance(part, Block):
+                self._cut_layer(part)
+        return self._cut_rest(model)
+
     def wrap(self, model: Model) -> Model:
-        for block in model.model.layers:
-            if self.dealt is not None and isinstance(block.mlp, MoE):
-                deal_out(block.mlp.experts, self.dealt.get_group("expert"))
-                self._shard(block.mlp.experts, self.dealt["replica"])
-            self._shard(block, self.everybody)
-        # What is left (embedding, last norm, head) stays whole from `states` to the end of the backward pass, for the
-        # losses and the MTP layers use it directly.
-        self._shard(model, self.everybody)
+        for layer in model.model.layers:
+            self._cut_layer(cast(Block, layer))
+        return self._cut_rest(model)
+
+    def _cut_layer(self, layer: Block) -> None:
+        if self.dealt is not None and isinstance(layer.mlp, MoE):
+            deal_out(layer.mlp.experts, self.dealt.get_group("expert"))
+            self._cut(layer.mlp.experts, self.dealt["replica"])
+        self._cut(layer, self.everybody)
+
+    def _cut_rest(self, model: Model) -> Model:
+        # Embedding, last norm and head stay whole from `states` to the end of the backward pass, for the losses and the
+        # MTP layers use them directly.
+        self._cut(model, self.everybody)
         register_fsdp_forward_method(model, "states")
         return model
 
-    def _shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
+    def _cut(self, module: nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(module, mesh=mesh)
         sharded = cast(FSDPModule, module)
         sharded.set_gradient_divide_factor(1.0)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from shoal import settings
+from shoal.config import ModelConfig
 from shoal.errors import ConfigError
-from shoal.model import Model
+from shoal.model import Model, random_model
 from shoal.train import checkpoint
 from shoal.train.checkpoint import Saved, Say, State
 from shoal.train.recipe import Recipe
@@ -47,6 +48,10 @@ class Process:
             ConfigError: so many processes cannot share it.
         """
         recipe.check_world(self.world)
+
+    def make(self, config: ModelConfig, seed: int) -> Model:
+        """This process's part of a freshly drawn model, on its device; the same model for any number of processes."""
+        return self.wrap(random_model(config, seed))
 
     def wrap(self, model: Model) -> Model:
         """Take the whole model, on the CPU, and give back this process's part of it, on its device."""
