@@ -45,8 +45,11 @@ class Process:
         """Get ready for a run.
 
         Raises:
-            ConfigError: so many processes cannot share it.
+            ConfigError: so many processes cannot share it, or it is the work of one and there are several.
         """
+        place = settings.launched()
+        if place is not None and place.world != self.world:
+            raise ConfigError("WORLD_SIZE", f"is {place.world}, but this takes one process; start it without torchrun")
         recipe.check_world(self.world)
 
     def make(self, config: ModelConfig, seed: int) -> Model:
@@ -113,12 +116,3 @@ def launched() -> Iterator[Process]:
 
     with company(place) as process:
         yield process
-
-
-def require_alone(verb: str) -> None:
-    """Raise ConfigError if several processes were started for something that one does."""
-    place = settings.launched()
-    if place is not None:
-        raise ConfigError(
-            "WORLD_SIZE", f"is {place.world}, but {verb} is the work of one process; run it without torchrun"
-        )

@@ -233,8 +233,9 @@ class Recipe:
     def check_world(self, world: int) -> None:
         """Raise ConfigError unless `world` processes can share experts, and a batch in whole micro-batches."""
         if world % self.parallel.expert:
-            hint = "; start them with torchrun --nproc-per-node" if world == 1 else ""
-            raise ConfigError("parallel.expert", f"{self.parallel.expert} does not divide {world} processes{hint}")
+            one = "needs as many processes; start them with torchrun --nproc-per-node"
+            problem = one if world == 1 else f"does not divide {world} processes"
+            raise ConfigError("parallel.expert", f"{self.parallel.expert} {problem}")
         if self.batch % (world * self.micro_batch):
             problem = f"{self.batch} is not shared evenly by {world} processes of micro_batch {self.micro_batch}"
             raise ConfigError("batch", problem)

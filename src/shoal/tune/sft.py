@@ -142,6 +142,7 @@ def tune(recipe: TuneRecipe, out: Path, data: Data, observer: Observer, *, until
     Raises:
         ConfigError, FileError, RunError: as `train.loop.train`.
     """
+    Process().begin(recipe)
     with claim(recipe, out):
         run = TuneRun(recipe, out, data, observer)
         try:
