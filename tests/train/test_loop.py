@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import threading
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -76,16 +75,18 @@ def test_a_resumed_run_is_equal_to_the_last_bit(recipe, run, read_losses, tmp_pa
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_a_compiled_run_takes_the_same_steps(recipe, run, read_losses, tmp_path):
     """With layers that are compiled, and made again in the backward pass."""
     recipe = replace(recipe, steps=3, activation_checkpointing=True)
     recipe = replace(recipe, model=replace(recipe.model, num_nextn_predict_layers=0))
     run(recipe, tmp_path / "plain")
     torch._dynamo.utils.counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a graph that breaks where nobody expects it warns
-        run(replace(recipe, compile=True), tmp_path / "compiled")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4  # both kinds of layer, around what is left out
+    run(replace(recipe, compile=True), tmp_path / "compiled")
+    counters = torch._dynamo.utils.counters
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])  # only where we said so
+    assert counters["stats"]["unique_graphs"] >= 4  # both kinds of layer, around what is left out
     for (_, loss, norm), (_, expected, length) in zip(
         read_losses(tmp_path / "compiled"), read_losses(tmp_path / "plain"), strict=True
     ):
