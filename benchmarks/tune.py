@@ -198,6 +198,8 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
 def _cell(args: argparse.Namespace, data: Path, held_out: Path, name: str, lr: float, seed: int) -> dict[str, Any]:
     """One run in a process of its own, or what it left behind."""
     path = args.work / f"{name.replace(' ', '-')}_{lr:g}_{seed}_{args.steps}x{args.rows}x{args.length}.json"
+    if not path.exists() and args.report:
+        return {"lr": lr, "seed": seed, "refused": "not run yet"}
     if not path.exists():
         command = [sys.executable, __file__, "one", "quality", str(data), str(held_out), name, str(lr), str(seed)]
         command += ["--model", args.model, "--steps", str(args.steps), "--rows", str(args.rows)]
@@ -330,6 +332,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, help="examples to judge by, with --data")
     parser.add_argument("--rows", type=int, default=2, help="packed rows of a step (quality)")
     parser.add_argument("--methods", default="placed,lora all,full,lora qv", help="which to compare (quality)")
+    parser.add_argument("--report", action="store_true", help="run nothing, show what there is (quality)")
     parser.add_argument("--work", type=Path, default=Path("build/tune"), help="where finished runs are kept (quality)")
     parser.add_argument("--budget", default="0.3%")
     parser.add_argument("--examples", type=int, default=400)

@@ -16,7 +16,7 @@ namespace shoal {
 
 constexpr long kPageTokens = 64;
 constexpr int kScratchSlots = 12;  // of a member
-constexpr long kCacheGroup = 64;  // cached int8 values that share a scale
+constexpr long kCacheGroup = 64;   // cached int8 values that share a scale
 
 enum class CacheType : int32_t { f32 = 0, bf16 = 1, int8 = 2 };
 

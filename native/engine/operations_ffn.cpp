@@ -393,8 +393,7 @@ const float* FeedForward::shrink_hidden(const Worker& worker, const Slots* s) {
                          of_experts.width());
     };
     if (tokens <= kPrivateTokens) {
-        float* low = worker.engine.scratch(worker.member, 10)
-                         .array<float>(slots_from + count * of_experts.width());
+        float* low = worker.engine.scratch(worker.member, 10).array<float>(slots_from + count * of_experts.width());
         fill(low, 0, 1);
         return low;
     }

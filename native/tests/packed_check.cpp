@@ -297,9 +297,13 @@ bool check_attend(const Ops& ops, const Ops& scalar) {
 
 const std::vector<PackedCase>& packed_cases() {
     static const std::vector<PackedCase> cases = {
-        {"quantize_rows", check_quantize_rows}, {"matmul_q", check_matmul_q}, {"matmul_f", check_matmul_f},
-        {"lora_shrink", check_lora_shrink},     {"lora_expand", check_lora_expand},
-        {"widen_rows", check_widen_rows},       {"attend", check_attend},
+        {"quantize_rows", check_quantize_rows},
+        {"matmul_q", check_matmul_q},
+        {"matmul_f", check_matmul_f},
+        {"lora_shrink", check_lora_shrink},
+        {"lora_expand", check_lora_expand},
+        {"widen_rows", check_widen_rows},
+        {"attend", check_attend},
     };
     return cases;
 }
