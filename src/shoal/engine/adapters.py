@@ -1,9 +1,9 @@
 """Low-rank adapters beside the packed weights: bfloat16 factors that a step adds to the rows that belong to them.
 
 A matrix stays packed as it is; y += scale · B (A x) is added for the rows of an adapter, so requests of several
-adapters and of none run in one step (as S-LoRA does on GPUs, arXiv 2311.03285). Attention, dense and shared feed-forward layers
-and routed experts can have factors. MLA's W^kv_b runs absorbed, in two halves per head; its factors
-are halved likewise: keys go through B_kᵀ and come out of Aᵀ, values go through A and come out of B_v.
+adapters and of none run in one step (as S-LoRA does on GPUs, arXiv 2311.03285). Attention, dense and shared
+feed-forward layers and routed experts can have factors. MLA's W^kv_b runs absorbed, in two halves per head, and so do
+its factors: keys go through B_kᵀ and come out of Aᵀ, values go through A and come out of B_v.
 
 Shapes: E matrices of a stack, O out, I in, R rank, N heads, H nope, V value head, C latent.
 """
