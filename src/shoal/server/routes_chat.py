@@ -54,7 +54,7 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     llm = service.engine_for(body.model)
     plan = await anyio.to_thread.run_sync(_prepare, service, llm, body)
-    results = service.worker.submit(plan.generations, seconds=body.timeout)
+    results = service.worker.submit(plan.generations, seconds=body.timeout, whole=not body.stream)
     reply = _Reply(request, body, plan)
     if body.stream:
         return EventStream(results, with_routing(reply.events, llm.tokenizer))
@@ -84,7 +84,7 @@ def _prepare(service: Service, llm: LLM, body: ChatRequest) -> _Plan:
                 llm.generation, max_tokens=body.token_limit, logprobs=body.num_logprobs, choice=choice,
                 grammar=grammar, grammar_after=after,
             )  # fmt: skip
-            generations.append(llm.prepare(ids, params))
+            generations.append(llm.prepare(ids, params, adapter=service.adapter_of(body.model)))
     return _Plan(generations=generations, in_reasoning=in_reasoning, syntax=syntax)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
@@ -66,7 +67,7 @@ def serve(
 
     The socket answers (503) while the model loads. A second SIGINT ends at once. `on_start` is called when signals are
     handled and the loading begins, `on_ready` (on another thread) when it is done. `parallel`, `max_queue` and
-    `request_seconds` are those of `EngineWorker`; `adapters` are the names in `LLM.beside`. A server on a loopback
+    `request_seconds` are those of `EngineWorker`; `adapters` are those of the model. A server on a loopback
     address answers to loopback names only.
 
     Returns:
@@ -81,6 +82,8 @@ def serve(
         llm = load()
         if llm.config.moe is not None:
             llm.expert_load = ExpertLoad(llm.config)
+        gc.collect()
+        gc.freeze()  # what is here now stays: looking through it again would cost a hundredth of the time
         if on_ready is not None:
             on_ready(llm)
         return llm
@@ -100,7 +103,10 @@ def serve(
     with _quiet_signals(give_up), sock:
         if on_start is not None:
             on_start()
-        server.run(sockets=[sock])
+        try:
+            server.run(sockets=[sock])
+        finally:
+            gc.unfreeze()
     if worker.error is not None:
         raise worker.error
     return not worker.alive

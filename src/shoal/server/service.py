@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from shoal.server.constraints import Constraint
 from shoal.server.embedding_job import EmbeddingQueue
 from shoal.server.errors import ApiError, json_response
 from shoal.server.grammar_check import GrammarChecker
+from shoal.server.journal import new_id
 from shoal.server.sse import unless_disconnected
 from shoal.server.worker import EngineWorker, Piece, Results
 
@@ -33,7 +33,7 @@ class Service:
 
     name: str
     worker: EngineWorker
-    adapters: tuple[str, ...] = ()  # names in `LLM.beside` that a request may ask for instead
+    adapters: tuple[str, ...] = ()  # of the engine, that a request may ask for instead of the model
     price_per_hour: float | None = None  # of the machine, in US dollars
     embeddings: EmbeddingQueue = field(default_factory=EmbeddingQueue)
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
@@ -46,8 +46,11 @@ class Service:
 
     def engine_for(self, model: str | None) -> LLM:
         self.check_model(model)
-        llm = self.worker.engine()
-        return llm if model in (None, self.name) else llm.beside[str(model)]
+        return self.worker.engine()
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a request's `model` asks for, if it is one."""
+        return model if model in self.adapters else None
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model not in (self.name, *self.adapters):
@@ -61,7 +64,7 @@ class Service:
     def head(self, prefix: str, kind: str, model: str | None = None) -> dict[str, Any]:
         """The fields that open every answer and every streamed event."""
         return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "id": f"{prefix}-{new_id()}",
             "object": kind,
             "created": int(time.time()),
             "model": model or self.name,
