@@ -27,6 +27,7 @@ using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 using OutInts = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Flags = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Routes = nb::ndarray<int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using RouteWeights = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
@@ -183,8 +184,7 @@ class PlanEngine {
     void head_linear(const Packed& stack, long in, long in_first, long in_step, long out, long out_first,
                      long out_step) {
         auto op = std::make_unique<shoal::HeadLinear>();
-        shoal::PackedMatrix matrix = hold(stack);
-        for (long n = 0; n < stack.count; ++n, matrix.data += matrix.bytes()) op->weights.push_back(matrix);
+        op->weights = hold_stack(stack);
         op->wide = wide_;
         op->in = in, op->in_first = in_first, op->in_step = in_step;
         op->out = out, op->out_first = out_first, op->out_step = out_step;
@@ -213,12 +213,26 @@ class PlanEngine {
 
     void attention(long layer, long query, long query_step, long rotary, long rotary_first, long rotary_step,
                    long heads, long kv_heads, long key_width, long value_width, bool shared_values, float scale,
-                   long out) {
+                   long out, const std::optional<Packed>& expand_keys, const std::optional<Packed>& expand_values,
+                   long expand_out) {
         auto op = std::make_unique<shoal::Attention>();
         op->layer = layer, op->query = query, op->query_step = query_step;
         op->rotary = rotary, op->rotary_first = rotary_first, op->rotary_step = rotary_step;
         op->heads = heads, op->kv_heads = kv_heads, op->key_width = key_width, op->value_width = value_width;
         op->shared_values = shared_values, op->scale = scale, op->out = out;
+        if (expand_keys && expand_values) {
+            const shoal::PackedMatrix &k = expand_keys->matrix, &v = expand_values->matrix;
+            require(shared_values && kv_heads == 1 && rotary >= 0 && expand_keys->count == heads &&
+                        expand_values->count == heads && k.cols == value_width && v.cols == value_width &&
+                        rotary_first == k.rows && rotary_step == k.rows + key_width - value_width,
+                    "keys and values of another layer");
+            op->expansion.keys = hold_stack(*expand_keys);
+            op->expansion.values = hold_stack(*expand_values);
+            op->expansion.rope = key_width - value_width;
+            op->expansion.out = expand_out;
+            op->expansion.wide = wide_;
+            op->expansion.memory = &expansion_memory_;
+        }
         put(std::move(op), true);
     }
 
@@ -295,9 +309,10 @@ class PlanEngine {
     void program(size_t number) { program_ = number; }
 
     // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled.
+    // `expanded` [sequences]: not 0 for those whose rows are computed in MLA's expanded form.
     // `source` is for programs that look ahead: the rows of the last step of program 0 that they continue.
     void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits,
-             size_t program, std::optional<Ints> source) {
+             size_t program, std::optional<Ints> source, std::optional<Flags> expanded) {
         require(token.size() > 0 && token.size() == position.size(), "one position a token");
         require(first_row.size() == pages.shape(0) + 1, "one row range a sequence");
         require(long(logits.shape(0)) == long(output_row.size()) && long(logits.shape(1)) == vocabulary_,
@@ -308,7 +323,9 @@ class PlanEngine {
         for (size_t i = 0; source && i < token.size(); ++i)
             require(source->size() == token.size() && source->data()[i] >= 0 && source->data()[i] < rows_,
                     "no such source row");
+        require(!expanded || expanded->size() == pages.shape(0), "one flag a sequence");
         shoal::Step step;
+        step.expanded = expanded ? expanded->data() : nullptr;
         step.tokens = long(token.size());
         step.token = token.data();
         step.position = position.data();
@@ -334,6 +351,12 @@ class PlanEngine {
     shoal::PackedMatrix hold(const Packed& packed) {
         memory_.push_back(packed.memory);
         return packed.matrix;
+    }
+    std::vector<shoal::PackedMatrix> hold_stack(const Packed& stack) {
+        std::vector<shoal::PackedMatrix> out;
+        shoal::PackedMatrix matrix = hold(stack);
+        for (long n = 0; n < stack.count; ++n, matrix.data += matrix.bytes()) out.push_back(matrix);
+        return out;
     }
     const float* hold(const Floats& floats) {
         floats_.push_back(floats);
@@ -365,6 +388,7 @@ class PlanEngine {
         engine_.add(program_, std::move(op));
     }
 
+    shoal::Expansion::Memory expansion_memory_;
     shoal::Engine engine_;
     std::vector<std::pair<size_t, const shoal::FeedForward*>> feed_forwards_;  // by program; the engine owns them
     std::vector<Bytes> memory_;
@@ -418,12 +442,12 @@ void shoal_bind_engine(nb::module_& m) {
              "head_dim"_a, "query_norm"_a.none(), "key_norm"_a.none(), "eps"_a, "cosines"_a, "sines"_a, "interleave"_a)
         .def("attention", &PlanEngine::attention, "layer"_a, "query"_a, "query_step"_a, "rotary"_a, "rotary_first"_a,
              "rotary_step"_a, "heads"_a, "kv_heads"_a, "key_width"_a, "value_width"_a, "shared_values"_a, "scale"_a,
-             "out"_a)
+             "out"_a, "expand_keys"_a = nb::none(), "expand_values"_a = nb::none(), "expand_out"_a = 0)
         .def("feed_forward", &PlanEngine::feed_forward, "input"_a, "norm"_a, "eps"_a, "dense"_a, "router"_a.none(),
              "bias"_a.none(), "routed"_a, "routing"_a, "moments"_a = std::vector<OutFloats>{})
         .def("routing", &PlanEngine::routing, "experts"_a.noconvert(), "weights"_a.noconvert(), "entropy"_a.noconvert())
         .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a, "moments"_a.noconvert() = nb::none())
         .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
              "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert(), "program"_a = 0,
-             "source"_a.noconvert() = nb::none());
+             "source"_a.noconvert() = nb::none(), "expanded"_a.noconvert() = nb::none());
 }
