@@ -89,7 +89,9 @@ def run(
 
     def load() -> LLM:
         llm = LLM(path, max_context=max_context, threads=threads, max_running=parallel)
-        return traces.watch(_beside(llm, adapters))
+        for adapter_name, folder in adapters.items():
+            llm.load_adapter(adapter_name, folder)
+        return traces.watch(llm)
 
     stopped = serve(
         load,
@@ -116,12 +118,6 @@ def _adapters(given: list[str], model: str) -> dict[str, Path]:
             raise ConfigError("adapter", f"the name {name!r} is taken")
         out[name] = Path(folder)
     return out
-
-
-def _beside(llm: LLM, adapters: dict[str, Path]) -> LLM:
-    """Adapters beside the model: each holds anew only the matrices that it changes, and a cache of its own."""
-    llm.beside.update({name: llm.with_adapter(folder) for name, folder in adapters.items()})
-    return llm
 
 
 class _Keys(NamedTuple):

@@ -198,7 +198,8 @@ class Scheduler:
             sequence.started_at = time.perf_counter()
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.computed
-            sequence.expanded = self._expand_from is not None and sequence.left >= self._expand_from
+            long = self._expand_from is not None and sequence.left >= self._expand_from
+            sequence.expanded = long and sequence.adapter < 0  # adapters add to the absorbed matrices
         return True
 
     def _free(self, sequence: Sequence) -> None:

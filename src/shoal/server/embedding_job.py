@@ -25,16 +25,18 @@ class EmbeddingQueue:
 class EmbeddingJob:
     """The texts of one request: `worker.Work`, of which the engine's thread reads a piece between its steps."""
 
-    def __init__(self, queue: EmbeddingQueue, llm: LLM, texts: list[list[int]], pooling: str) -> None:
+    def __init__(
+        self, queue: EmbeddingQueue, llm: LLM, texts: list[list[int]], pooling: str, adapter: str | None = None
+    ) -> None:
         self.done = False
         self._queue = queue
-        self._work = self._read(llm, texts, pooling)
+        self._work = self._read(llm, texts, pooling, adapter)
 
-    def _read(self, llm: LLM, texts: list[list[int]], pooling: str) -> Iterator[list[Embedding]]:
+    def _read(self, llm: LLM, texts: list[list[int]], pooling: str, adapter: str | None) -> Iterator[list[Embedding]]:
         """Empty after each piece, everything at the end."""
-        embedder, found = self._queue.embedder(llm), []
+        embedder, number, found = self._queue.embedder(llm), llm.adapter_number(adapter), []
         for ids in texts:
-            for embedding in embedder.embed(ids, pooling=pooling):
+            for embedding in embedder.embed(ids, pooling=pooling, adapter=number):
                 if embedding is not None:
                     found.append(embedding)
                 if len(found) < len(texts):

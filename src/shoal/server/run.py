@@ -66,7 +66,7 @@ def serve(
 
     The socket answers (503) while the model loads. A second SIGINT ends at once. `on_start` is called when signals are
     handled and the loading begins, `on_ready` (on another thread) when it is done. `parallel`, `max_queue` and
-    `request_seconds` are those of `EngineWorker`; `adapters` are the names in `LLM.beside`. A server on a loopback
+    `request_seconds` are those of `EngineWorker`; `adapters` are those of the model. A server on a loopback
     address answers to loopback names only.
 
     Returns:
