@@ -1,5 +1,7 @@
 // The operations that a plan may hold. Each is plain data plus run(); operations_*.cpp hold the bodies.
 #pragma once
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include "engine/adapted.h"
@@ -166,7 +168,8 @@ struct FeedForward final : Operation {
     SharedInput shared;
     Scratch logits, hidden, dense_hidden;
     Scratch low_in, low_experts_in, low_out;
-    QuantBuffer gathered, hidden_quant, dense_quant;
+    QuantBuffer hidden_quant, dense_quant;
+    std::unique_ptr<std::atomic<long>[]> pieces_done;  // [experts]: who makes an expert's last one quantises its rows
     // Slots are (token, expert) pairs sorted by expert.
     struct Slots {
         std::vector<int32_t> chosen;  // [T, K]
@@ -178,7 +181,7 @@ struct FeedForward final : Operation {
         std::vector<int32_t> used;    // experts with at least one token
         long count(long expert) const { return offset[expert + 1] - offset[expert]; }
     };
-    std::vector<Slots> slots;   // [members]: a lone token's each member finds for itself; of more all share the first
+    std::vector<Slots> slots;   // [members]: each has its own; what was chosen for many tokens stands in the first
     uint64_t expert_reads = 0;  // of all steps together: an expert's weights are read once a step
     // Copies what the last step chose, if anybody asks: experts and weights [T, K], and the entropy in nats of each
     // token's router probabilities over all experts [T].
@@ -189,7 +192,8 @@ struct FeedForward final : Operation {
   private:
     void route(const float* scores, int32_t* experts_out, float* weights_out) const;
     void choose_experts(const Worker& worker, Slots& s);
-    void group_slots(Slots& s, long tokens) const;
+    void group_slots(const Slots& picks, Slots& s, long tokens) const;
+    bool quantises_input() const;
     WideRows run_experts(const Worker& worker, const Slots& s, const Prepared& x);
     // Low-rank products of the step's rows or slots, null where no row has an adapter here. Before gate and up they are
     // two, side by side; before down the dense rows' come first, then the slots'.
@@ -202,8 +206,9 @@ struct FeedForward final : Operation {
     void expand_slots(const Worker& worker, const Slots& s, const Adapted& adapted, long expert, const float* low,
                       long low_stride, long from, long to, float* y, long stride) const;
     void count_experts(const Slots& s, const Prepared& x) const;
-    void quantise_expert(const Worker& worker, const Slots& s, long expert, const WideRows& into, long cols,
-                         const float* rows, long stride, bool by_token) const;
+    void quantise_expert(const Worker& worker, const Slots& s, long expert, const WideRows& into, const float* rows,
+                         long width) const;
+    WideRows gather_expert(const Worker& worker, const Slots& s, long expert, const WideRows& from, long cols) const;
     WideRows quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes);
     // `add` gets the gate's and the up projection's rows before they meet, and the columns that were made.
     template <class Add>

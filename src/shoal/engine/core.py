@@ -312,15 +312,15 @@ class Core:
         ended = time.perf_counter()
         self._steps += 1
         each = (ended - started) / len(batch.tokens)
+        best: list[int] = logits.argmax(axis=1).tolist()  # of all rows in one call: each lets other threads in between
         row = 0
         for piece in batch.slices:
-            rows = logits[row : row + piece.rows - piece.logits_from]
-            row += len(rows)
+            first, row = row, row + piece.rows - piece.logits_from
             piece.sequence.machine_seconds += piece.rows * each
             kept = 0
             try:
                 if not piece.sequence.cancelled:
-                    kept = self._deliver(piece, rows)
+                    kept = self._deliver(piece, logits[first:row], best[first:row])
             except Exception as error:
                 piece.sequence.fail(error)
             done.append((piece, kept))
@@ -386,7 +386,7 @@ class Core:
             sequence = going[i][1].sequence
             sequence.ahead = (len(sequence.tokens), int(np.argmax(logits_V[: self.known_ids])))
 
-    def _deliver(self, piece: Slice, rows: Floats) -> int:
+    def _deliver(self, piece: Slice, rows: Floats, best: list[int]) -> int:
         """Show prompt rows to who watches them and choose the next tokens; returns how many draft tokens stay."""
         sequence = piece.sequence
         first = piece.start + piece.logits_from
@@ -400,16 +400,17 @@ class Core:
         if sequence.max_tokens == 0:
             sequence.finish = "length"
             return 0
-        return self._choose(sequence, piece.draft, rows[-1 - len(piece.draft) :, : self.known_ids])
+        chosen = slice(len(rows) - 1 - len(piece.draft), None)
+        return self._choose(sequence, piece.draft, rows[chosen, : self.known_ids], best[chosen])
 
-    def _choose(self, sequence: Sequence, draft: list[int], rows: Floats) -> int:
+    def _choose(self, sequence: Sequence, draft: list[int], rows: Floats, best: list[int]) -> int:
         """Draw from each row in turn while the draft agrees with what is drawn; returns how many draft tokens stay.
 
         Every token is drawn from the model's own distribution with the request's own random stream, so speculation
         changes neither greedy nor sampled output."""
         sequence.drafted += len(draft)
         for index, logits_V in enumerate(rows):
-            token = sequence.sampler.choose(logits_V)
+            token = sequence.sampler.choose(logits_V, best[index] if best[index] < self.known_ids else None)
             if not sequence.accept(_produced(sequence, logits_V, token)):
                 return index
             if index == len(draft) or token != draft[index]:
