@@ -136,7 +136,7 @@ def test_when_it_pays():
         num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
         v_head_dim=128,
     )  # fmt: skip
-    assert expands_from(replace(CONFIG, attention=v3)) == 256
+    assert expands_from(replace(CONFIG, attention=v3)) == 512
     narrow = replace(CONFIG.attention, kv_lora_rank=16)  # a latent narrower than a head's keys and values
     assert expands_from(replace(CONFIG, attention=narrow)) is None
     dense = replace(

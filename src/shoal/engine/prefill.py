@@ -13,7 +13,7 @@ from shoal.config import MLAConfig, ModelConfig
 from shoal.errors import ConfigError
 
 FORMS = ("auto", "absorbed", "expanded")
-LONG_PROMPT = 256  # tokens to compute; shorter prompts gain little, and keep bits that no cached page can change
+LONG_PROMPT = 512  # tokens to compute, a step's worth; shorter ones gain little, and no cached page changes their bits
 BF16_COST = 1.8  # a bf16 multiplication of attention in int8 multiplications of a projection, as measured
 
 
