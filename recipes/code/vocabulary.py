@@ -22,7 +22,7 @@ from shoal.formats import tokenizer_json
 from shoal.formats.gguf_pretokenizers import PRE_TOKENIZERS, to_json
 from shoal.formats.tokenizer import Tokenizer
 
-VOCABULARY = 8192
+VOCABULARY = 4096
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 MARKERS = (BOS, EOS, PAD, FIM_BEGIN, FIM_HOLE, FIM_END)
