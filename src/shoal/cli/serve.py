@@ -36,6 +36,10 @@ def run(
         list[str] | None,
         _flag("adapter", "A LoRA (PEFT folder) beside it; may be repeated.", metavar="NAME=DIR"),
     ] = None,
+    code: Annotated[
+        str | None,
+        _flag("code", "A model beside it that fills gaps (`suffix`); with no --model shoal-code, else none."),
+    ] = None,
     host: Annotated[str, _flag("host", "Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
     port: Annotated[int, _flag("port", "Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     served_name: Annotated[str | None, _flag("served-name", "Its name in the API; else its own.")] = None,
@@ -63,11 +67,13 @@ def run(
     POST /v1/chat/completions, /v1/completions, /v1/embeddings, /tokenize, /detokenize; GET /v1/models, /health,
     /version, /metrics, /openapi.json, and a page at /. The socket opens before the model is loaded: /health answers 503
     until then. SIGTERM or Ctrl-C finishes the running answers and exits 0. With a key, every route but /health and the
-    page's own files asks for it.
+    page's own files asks for it. Beside the default model runs shoal-code, which comes with Shoal: completions that
+    have a suffix and name no model are its work.
 
     [bold]Examples[/bold]
       shoal serve
       shoal serve --model ./DeepSeek-V2-Lite-Chat --port 8080
+      shoal serve --model shoal-code
       shoal serve --adapter sql=runs/sql/adapter --adapter mine=runs/mine/adapter
       shoal serve --host 0.0.0.0 --api-key-file keys.txt --log json
       curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
@@ -80,7 +86,9 @@ def run(
 
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
     name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
-    adapters = _adapters(adapter or [], name)
+    code_name = None if (chosen := code or ("shoal-code" if model == DEFAULT_MODEL else "none")) == "none" else chosen
+    code_path = hub.resolve(code_name) if code_name is not None else None
+    adapters = _adapters(adapter or [], (name, code_name))
     keys = _Keys(api=api_key or [], file=api_key_file, admin=admin_key or [], without=without_key)
     policy = _policy(host, keys, cors_origin or [], log, log_prompts)
     sock = bind(host, port)
@@ -88,12 +96,15 @@ def run(
     say, traces = _Voice(log), Traces(trace_dir, keep_text=trace_text)
 
     def load() -> LLM:
-        llm = LLM(path, max_context=max_context, threads=threads, max_running=parallel)
-        return traces.watch(_beside(llm, adapters))
+        limits: dict[str, Any] = {"max_context": max_context, "threads": threads, "max_running": parallel}
+        llm = _beside(LLM(path, **limits), adapters)
+        if code_name is not None and code_path is not None:
+            llm.beside[code_name] = LLM(code_path, **limits)
+        return traces.watch(llm)
 
     stopped = serve(
         load,
-        name=name, sock=sock, adapters=tuple(adapters), parallel=parallel, max_queue=max_queue,
+        name=name, sock=sock, adapters=tuple(adapters), code=code_name, parallel=parallel, max_queue=max_queue,
         request_seconds=request_seconds, drain_seconds=drain_seconds, price_per_hour=price_per_hour, policy=policy,
         on_start=lambda: say(f"listening on {address} (loading {name})", "listening", url=address, model=name),
         on_ready=say.ready,
@@ -105,14 +116,14 @@ def run(
         os._exit(0)
 
 
-def _adapters(given: list[str], model: str) -> dict[str, Path]:
+def _adapters(given: list[str], taken: tuple[str | None, ...]) -> dict[str, Path]:
     """Folders by name."""
     out: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise ConfigError("adapter", f"{text!r} is not NAME=DIR")
-        if name in out or name == model:
+        if name in out or name in taken:
             raise ConfigError("adapter", f"the name {name!r} is taken")
         out[name] = Path(folder)
     return out
