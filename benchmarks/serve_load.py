@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+PATIENCE = 15.0  # seconds that an open loop waits for its last answers: whoever falls behind further has lost them
 QUESTIONS = (
     "How do I reset my password?",
     "What are your opening hours?",
@@ -120,6 +121,9 @@ class Load:
         began = time.perf_counter()
         try:
             status, fields, content = await connection.ask("POST", path, body)
+        except asyncio.CancelledError:
+            connection.close()
+            raise
         except (OSError, EOFError, ValueError):
             connection.close()
             self.seen.lost += 1
@@ -141,7 +145,7 @@ class Load:
         connection.close()
 
     async def open_loop(self) -> None:
-        """Asks at a fixed rate, whether or not answers come."""
+        """Asks at a fixed rate, whether or not answers come; what is not answered soon after the last is lost."""
         idle: list[Connection] = []
         tasks: set[asyncio.Task[None]] = set()
 
@@ -158,7 +162,13 @@ class Load:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             number += 1
-        await asyncio.gather(*tasks)
+        end = time.perf_counter() + PATIENCE
+        while tasks and time.perf_counter() < end:
+            await asyncio.sleep(0.01)
+        self.seen.lost += len(tasks)
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for connection in idle:
             connection.close()
 
