@@ -10,7 +10,7 @@ import pytest
 from shoal.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-STEPS = 1500  # of recipes/code
+STEPS = 1200  # of recipes/code
 V3 = str(ROOT / "recipes" / "deepseek-v3")
 
 
@@ -46,7 +46,7 @@ def test_a_recipe_and_its_run(capsys, tmp_path):
     facts = json.loads(out)
     assert code == 0
     early, late = facts["phases"]
-    assert (early["tokens"], late["tokens"]) == (0.65 * STEPS * 4096, pytest.approx(0.35 * STEPS * 4096))
+    assert (early["tokens"], late["tokens"]) == (0.75 * STEPS * 4096, 0.25 * STEPS * 4096)
     assert "mtp_head" in late["flops_per_token"] and "mtp_head" not in early["flops_per_token"]
     assert facts["actual"]["tokens"] == 5 * 4096
     ratio = facts["actual"]["tok_s"] / facts["tokens_per_second"]

@@ -36,10 +36,7 @@ def run(
         list[str] | None,
         _flag("adapter", "A LoRA (PEFT folder) beside it; may be repeated.", metavar="NAME=DIR"),
     ] = None,
-    code: Annotated[
-        str | None,
-        _flag("code", "A model beside it that fills gaps (`suffix`); with no --model shoal-code, else none."),
-    ] = None,
+    code: Annotated[str | None, _flag("code", "A model beside it that fills gaps; none, or shoal-code.")] = None,
     host: Annotated[str, _flag("host", "Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
     port: Annotated[int, _flag("port", "Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     served_name: Annotated[str | None, _flag("served-name", "Its name in the API; else its own.")] = None,
@@ -86,8 +83,7 @@ def run(
 
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
     name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
-    code_name = None if (chosen := code or ("shoal-code" if model == DEFAULT_MODEL else "none")) == "none" else chosen
-    code_path = hub.resolve(code_name) if code_name is not None else None
+    code_name, code_path = _code_model(code, model)
     adapters = _adapters(adapter or [], (name, code_name))
     keys = _Keys(api=api_key or [], file=api_key_file, admin=admin_key or [], without=without_key)
     policy = _policy(host, keys, cors_origin or [], log, log_prompts)
@@ -98,8 +94,7 @@ def run(
     def load() -> LLM:
         limits: dict[str, Any] = {"max_context": max_context, "threads": threads, "max_running": parallel}
         llm = _beside(LLM(path, **limits), adapters)
-        if code_name is not None and code_path is not None:
-            llm.beside[code_name] = LLM(code_path, **limits)
+        llm.beside.update({code_name: LLM(code_path, **limits)} if code_name and code_path else {})
         return traces.watch(llm)
 
     stopped = serve(
@@ -114,6 +109,14 @@ def run(
     if not stopped:
         sys.stderr.flush()
         os._exit(0)
+
+
+def _code_model(chosen: str | None, model: str) -> tuple[str | None, Path | None]:
+    """Name and place of the model that fills gaps beside `model`."""
+    from shoal import hub
+
+    name = chosen or ("shoal-code" if model == DEFAULT_MODEL else "none")
+    return (None, None) if name == "none" else (name, hub.resolve(name))
 
 
 def _adapters(given: list[str], taken: tuple[str | None, ...]) -> dict[str, Path]:
