@@ -10,7 +10,7 @@ import pytest
 from shoal.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-STEPS = 1200  # of recipes/code
+STEPS = 1500  # of recipes/code
 V3 = str(ROOT / "recipes" / "deepseek-v3")
 
 
