@@ -31,11 +31,9 @@ def _flag(flag: str, text: str, *names: str, **limits: Any) -> Any:
 
 
 def run(
+    served: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
     model: Annotated[str, _flag("model", "Short name, folder or GGUF file.", "--model", "-m")] = DEFAULT_MODEL,
-    adapter: Annotated[
-        list[str] | None,
-        _flag("adapter", "A LoRA (PEFT folder) beside it; may be repeated.", metavar="NAME=DIR"),
-    ] = None,
+    adapter: Annotated[list[str] | None, _flag("adapter", "A LoRA beside it; repeatable.", metavar="NAME=DIR")] = None,
     code: Annotated[str | None, _flag("code", "A model beside it that fills gaps; none, or shoal-code.")] = None,
     host: Annotated[str, _flag("host", "Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
     port: Annotated[int, _flag("port", "Port; 0 takes a free one.", min=0, max=65535)] = 8000,
@@ -70,7 +68,7 @@ def run(
     [bold]Examples[/bold]
       shoal serve
       shoal serve --model ./DeepSeek-V2-Lite-Chat --port 8080
-      shoal serve --model shoal-code
+      shoal serve code
       shoal serve --adapter sql=runs/sql/adapter --adapter mine=runs/mine/adapter
       shoal serve --host 0.0.0.0 --api-key-file keys.txt --log json
       curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
@@ -81,6 +79,7 @@ def run(
     from shoal.engine import LLM
     from shoal.server.run import bind, serve
 
+    model = served or model
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
     name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
     code_name, code_path = _code_model(code, model)
