@@ -84,7 +84,7 @@ class LLM:
             "speculate": speculate, "look_ahead": look_ahead,
         }  # fmt: skip
         self._checkpoint = checkpoint
-        self.beside: dict[str, LLM] = {}  # adapted models by name (`with_adapter`) that `step` advances too
+        self.beside: dict[str, LLM] = {}  # more models by name, adapted ones among them, that `step` advances too
         self.path = checkpoint.path
         self.name = (
             model
