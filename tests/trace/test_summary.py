@@ -108,7 +108,7 @@ def test_a_layer_that_rested_at_first(tmp_path: Path) -> None:
     first, second = summarise_log(write_log(tmp_path / "log.jsonl", *steps))
     assert (first.load, first.tokens, second.load, second.tokens) == ((10, 14), 12, (1, 7), 4)
     steps[0]["router"] = {"1": {"load": [3, 5, 1]}}
-    with pytest.raises(FileError, match="layer 1.*other experts"):
+    with pytest.raises(FileError, match=r"layer 1.*other experts"):
         summarise_log(write_log(tmp_path / "log.jsonl", *steps))
 
 
