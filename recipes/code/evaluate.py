@@ -4,7 +4,8 @@
 
 Completion runs in Shoal's engine for both models, so that quality is compared alone; speed is measured in processes of
 their own under a memory limit, the twin's also in llama.cpp (`speed.py`). RUN folders give loss by operations and by
-time. Writes RESULTS.json and RESULTS.md. Shares come with 95 % Wilson intervals.
+time. Writes RESULTS.json and RESULTS.md; a model that RESULTS.json knows already is not judged again. Shares come with
+95 % Wilson intervals.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case, draw_cases, first_line, is_valid_function, prompt_ids
-from curves import Curve, at_the_end, curve, ratios, read_log
+from curves import at_the_end, curve, ratios, read_log
 
 from shoal.cost.model_cost import cache_bytes_per_token, model_cost
 from shoal.engine import LLM, Generation, SamplingParams
@@ -191,19 +192,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    result: Json = {"code": examine(options.model, options, twin=False)}
-    curves: dict[str, Curve] = {}
-    for name, run in (("code", options.run), ("twin", options.twin_run)):
-        if run is not None:
-            curves[name] = curve(read_log(run))
-    if options.twin is not None:
-        result["twin"] = examine(options.twin, options, twin=True)
-    if curves:
-        result["curves"] = curves
+    file = options.out.with_suffix(".json")
+    result: Json = json.loads(file.read_text()) if file.exists() else {}
+    for name, model in (("code", options.model), ("twin", options.twin)):
+        if model is not None and name not in result:
+            result[name] = examine(model, options, twin=name == "twin")
+            file.write_text(json.dumps(result, indent=2) + "\n")
+    runs = {"code": options.run, "twin": options.twin_run}
+    result["curves"] = curves = {name: curve(read_log(run)) for name, run in runs.items() if run is not None}
     if len(curves) == 2:
         result["ratios"] = ratios(curves["code"], curves["twin"])
         result["end"] = at_the_end(curves["code"], curves["twin"])
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    file.write_text(json.dumps(result, indent=2) + "\n")
     options.out.with_suffix(".md").write_text(table(result))
     print(table(result))
 
