@@ -165,72 +165,111 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 # ---- quality
 
 
+METHODS = {  # name: method, the matrices of plain LoRA
+    "placed": ("adapters", ("q_proj", "v_proj")),
+    "lora all": ("lora", ("_proj",)),
+    "full": ("full", ("q_proj", "v_proj")),
+    "lora qv": ("lora", ("q_proj", "v_proj")),
+}
+
+
 def quality(args: argparse.Namespace) -> dict[str, Any]:
-    """Held-out loss after the same steps on the same data, at the better of the given learning rates."""
-    out: dict[str, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as work:
-        data, held_out = Path(work) / "data.jsonl", Path(work) / "held_out.jsonl"
+    """Held-out loss after the same steps on the same data. The first seed tries every learning rate; the others run at
+    each method's best. Every run is a file in the work folder, so the command goes on where it was stopped."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    data, held_out = args.data, args.held_out
+    if data is None:
+        data, held_out = args.work / "data.jsonl", args.work / "held_out.jsonl"
         write_examples(data, args.examples, seed=1)
         write_examples(held_out, 60, seed=2)
-        for name, method, targets, rates in (
-            ("placed", "adapters", ("q_proj", "v_proj"), args.lr),
-            ("lora q,v", "lora", ("q_proj", "v_proj"), args.lr),
-            ("lora all", "lora", ("_proj",), args.lr),
-            ("full", "full", ("q_proj", "v_proj"), args.full_lr),
-        ):
-            for lr in rates:
-                for seed in range(args.seeds):
-                    entry = _tuned(args, data, held_out, method, targets, lr, seed, Path(work))
-                    out.setdefault(name, []).append(entry)
-                    print(name, entry, file=sys.stderr, flush=True)
-    return {"quality": out, "best": {name: _best(runs) for name, runs in out.items()}}
+    out: dict[str, list[dict[str, Any]]] = {name: [] for name in args.methods.split(",")}
+    for name in out:
+        for lr in args.full_lr if name == "full" else args.lr:
+            out[name].append(_cell(args, data, held_out, name, lr, 0))
+    for seed in range(1, args.seeds):
+        for name in out:
+            best = min((run for run in out[name] if "val_loss" in run), key=lambda run: run["val_loss"], default=None)
+            if best is not None:
+                out[name].append(_cell(args, data, held_out, name, best["lr"], seed))
+    best_of = {name: _best(runs) for name, runs in out.items()}
+    return {"quality": out, "best": best_of, "data": data.name, "held_out": held_out.name}
 
 
-def _tuned(
-    args: argparse.Namespace, data: Path, held_out: Path, method: str, targets: tuple[str, ...], lr: float, seed: int,
-    work: Path,
-) -> dict[str, Any]:  # fmt: skip
+def _cell(args: argparse.Namespace, data: Path, held_out: Path, name: str, lr: float, seed: int) -> dict[str, Any]:
+    """One run in a process of its own, or what it left behind."""
+    path = args.work / f"{name.replace(' ', '-')}_{lr:g}_{seed}_{args.steps}x{args.rows}x{args.length}.json"
+    if not path.exists() and args.report:
+        return {"lr": lr, "seed": seed, "refused": "not run yet"}
+    if not path.exists():
+        command = [sys.executable, __file__, "one", "quality", str(data), str(held_out), name, str(lr), str(seed)]
+        command += ["--model", args.model, "--steps", str(args.steps), "--rows", str(args.rows)]
+        command += ["--length", str(args.length), "--budget", args.budget, "--work", str(args.work)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        path.write_text(done.stdout.splitlines()[-1])
+    entry: dict[str, Any] = json.loads(path.read_text())
+    print(name, entry, file=sys.stderr, flush=True)
+    return entry
+
+
+def _tuned(args: argparse.Namespace, data: str, held_out: str, name: str, lr: float, seed: int) -> dict[str, Any]:
     from shoal import hub
     from shoal.errors import ConfigError
     from shoal.formats.checkpoint import open_checkpoint
+    from shoal.train.evaluate import evaluating, validation_loss
     from shoal.train.log import read_log
-    from shoal.train.recipe import ValidationSettings
+    from shoal.train.recipe import CheckpointSettings, ValidationSettings
     from shoal.tune.recipe import TuneSettings
     from shoal.tune.sft import Data, TuneRun, default_recipe, settle
 
+    method, targets = METHODS[name]
     checkpoint = open_checkpoint(hub.resolve(args.model))
     tuning = TuneSettings(
-        model=args.model, data=str(data), validation=str(held_out), method=method, budget=args.budget, targets=targets,
+        model=args.model, data=data, validation=held_out, method=method, budget=args.budget, targets=targets,
         keep_best=False,
     )  # fmt: skip
     recipe = default_recipe(checkpoint, tuning)
     recipe = replace(
-        recipe, seed=seed, sequence_length=args.length, batch=2, micro_batch=2,
+        recipe, seed=seed, sequence_length=args.length, batch=args.rows, micro_batch=min(2, args.rows),
         optimiser=replace(recipe.optimiser, lr=lr), validation=ValidationSettings(every=args.steps),
+        checkpoint=CheckpointSettings(every=1 << 30),
     )  # fmt: skip
     found = Data(recipe, checkpoint)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
+    assert found.held_out is not None
+    started = time.process_time()
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
         try:
             run = TuneRun(settle(recipe, found, steps=args.steps, epochs=1), Path(folder), found, Quiet())
         except ConfigError as error:
             return {"lr": lr, "seed": seed, "refused": str(error)}
+        placed = time.process_time()
+        with evaluating(run.model):  # B is zero: the model as it came
+            before = validation_loss(run.model, found.held_out, run.recipe, run.process)
+        begun = time.process_time()
         run.go(args.steps)
         run.close()
         log = read_log(Path(folder) / "log.jsonl")
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    return {"lr": lr, "seed": seed, "trained": trained, "first": log[0]["loss"], "val_loss": log[-1]["val_loss"]}
+    return {
+        "lr": lr, "seed": seed, "trained": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "before": before, "val_loss": log[-1]["val_loss"], "tokens": args.steps * args.rows * args.length,
+        "place_seconds": placed - started, "cpu_seconds": time.process_time() - begun, "peak_mb": _peak(),
+    }  # fmt: skip
 
 
 def _best(runs: list[dict[str, Any]]) -> dict[str, float] | None:
-    means = {}
-    for lr in {run["lr"] for run in runs}:
-        losses = [run["val_loss"] for run in runs if run["lr"] == lr and "val_loss" in run]
-        if losses:
-            means[lr] = (statistics.mean(losses), min(losses), max(losses))
-    if not means:
+    """The learning rate of the lowest loss at the first seed, over all of its seeds."""
+    runs = [run for run in runs if "val_loss" in run]
+    if not runs:
         return None
-    lr = min(means, key=lambda key: means[key][0])
-    return {"lr": lr, "mean": means[lr][0], "least": means[lr][1], "greatest": means[lr][2]}
+    lr = min((run for run in runs if run["seed"] == 0), key=lambda run: run["val_loss"])["lr"]
+    losses = [run["val_loss"] for run in runs if run["lr"] == lr]
+    first = next(run for run in runs if run["lr"] == lr)
+    return {
+        "lr": lr, "trained": first["trained"], "before": first["before"], "seeds": len(losses),
+        "mean": statistics.mean(losses), "least": min(losses), "greatest": max(losses),
+        "place_seconds": statistics.mean(run["place_seconds"] for run in runs if run["lr"] == lr),
+        "cpu_seconds": statistics.mean(run["cpu_seconds"] for run in runs if run["lr"] == lr),
+        "peak_mb": max(run["peak_mb"] for run in runs if run["lr"] == lr),
+    }  # fmt: skip
 
 
 # ---- results
@@ -254,13 +293,29 @@ def write_results(what: str, result: dict[str, Any]) -> None:
             lines.append(f"| {side} | {rate:.0f} | {peak:.0f} | {runs[0]['trained']:.0f} |")
         lines += ["", f"Ratio {result['ratio']:.2f} ({result['least']:.2f}–{result['greatest']:.2f})."]
     else:
-        lines += ["| method | learning rate | held-out loss, mean | least–greatest |", "|---|---|---|---|"]
-        for name, best in result["best"].items():
-            if best is not None:
-                span = f"{best['least']:.4f}–{best['greatest']:.4f}"
-                lines.append(f"| {name} | {best['lr']:g} | {best['mean']:.4f} | {span} |")
+        lines += _quality_table(result["best"])
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(stem.with_suffix(".md").read_text())
+
+
+def _quality_table(best_of: dict[str, dict[str, float] | None]) -> list[str]:
+    full = best_of.get("full")
+    lines = [
+        "| method | trained | learning rate | seeds | held-out loss, mean (least–greatest) | share of full's gain "
+        "| CPU s: placing, steps | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, best in best_of.items():
+        if best is None:
+            continue
+        span = f"{best['mean']:.4f} ({best['least']:.4f}–{best['greatest']:.4f})"
+        gain = (best["before"] - best["mean"]) / (full["before"] - full["mean"]) if full else float("nan")
+        lines.append(
+            f"| {name} | {best['trained']:.0f} | {best['lr']:g} | {best['seeds']} | {span} | {gain:.1%} "
+            f"| {best['place_seconds']:.0f}, {best['cpu_seconds']:.0f} | {best['peak_mb']:.0f} |"
+        )
+    before = next((best["before"] for best in best_of.values() if best), float("nan"))
+    return [*lines, "", f"Before tuning: {before:.4f}."]
 
 
 def main() -> None:
@@ -273,12 +328,24 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--data", type=Path, help="examples to tune on (quality); else made-up order slips")
+    parser.add_argument("--held-out", type=Path, help="examples to judge by, with --data")
+    parser.add_argument("--rows", type=int, default=2, help="packed rows of a step (quality)")
+    parser.add_argument("--methods", default="placed,lora all,full,lora qv", help="which to compare (quality)")
+    parser.add_argument("--report", action="store_true", help="run nothing, show what there is (quality)")
+    parser.add_argument("--work", type=Path, default=Path("build/tune"), help="where finished runs are kept (quality)")
     parser.add_argument("--budget", default="0.3%")
     parser.add_argument("--examples", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3])
-    parser.add_argument("--full-lr", type=float, nargs="+", default=[5e-5, 1e-4])
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--full-lr", type=float, nargs="+", default=[1e-4, 2e-4])
     args = parser.parse_args()
+    if (args.data is None) != (args.held_out is None):
+        parser.error("--data and --held-out go together")
+    if args.what == "one" and args.rest[0] == "quality":
+        _, data, held_out, name, lr, seed = args.rest
+        print(json.dumps(_tuned(args, data, held_out, name, float(lr), int(seed))))
+        return
     if args.what == "one":
         side, folder, data = args.rest
         if side == "shoal":

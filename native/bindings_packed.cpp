@@ -114,6 +114,27 @@ void widen_rows(const Dense<const uint8_t, 2>& x, int64_t scales_at, const Dense
     shoal::ops().widen_rows(x.data(), size_at(x, 1), scales_at, rows, width, y.data());
 }
 
+using Halves = Dense<const uint16_t, 2>;
+
+void lora_shrink(const Strided<const float>& x, const Halves& a, float scale, const Dense<float, 2>& low) {
+    require_rows(x);
+    require(a.shape(1) == x.shape(1), "x and a differ in columns");
+    require(low.shape(0) == x.shape(0) && low.shape(1) == a.shape(0), "low must be [rows of x, rows of a]");
+    nb::gil_scoped_release unlocked;
+    shoal::ops().lora_shrink(x.data(), x.stride(0), size_at(x, 0), size_at(x, 1), a.data(), size_at(a, 0), scale,
+                             low.data(), size_at(low, 1));
+}
+
+void lora_expand(const Dense<const float, 2>& low, const Strided<const uint16_t>& b, const Strided<float>& y) {
+    require_rows(b);
+    require_rows(y);
+    require(low.shape(0) == y.shape(0) && low.shape(1) == b.shape(0), "low must be [rows of y, rows of b]");
+    require(b.shape(1) == y.shape(1), "b and y differ in columns");
+    nb::gil_scoped_release unlocked;
+    shoal::ops().lora_expand(low.data(), size_at(low, 1), size_at(y, 0), size_at(b, 0), b.data(), b.stride(0),
+                             size_at(y, 1), y.data(), y.stride(0));
+}
+
 // T is float, or uint16_t for bf16. queries: f32 [K, 16], or bf16 [K / 2, 16, 2] as [K / 2, 32].
 template <class T>
 void attend(const Dense<const T, 2>& queries, const Strided<const T>& keys, const Strided<const T>& values,
@@ -160,6 +181,8 @@ void shoal_bind_packed(nb::module_& m) {
           "scales"_a.noconvert(), "sums"_a.noconvert(), "y"_a.noconvert(), "add_to"_a = false);
     m.def("matmul_f", &matmul_f, "packing"_a, "tiles"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(),
           "add_to"_a = false);
+    m.def("lora_shrink", &lora_shrink, "x"_a.noconvert(), "a"_a.noconvert(), "scale"_a, "low"_a.noconvert());
+    m.def("lora_expand", &lora_expand, "low"_a.noconvert(), "b"_a.noconvert(), "y"_a.noconvert());
     m.def("widen_rows", &widen_rows, "x"_a.noconvert(), "scales_at"_a, "y"_a.noconvert());
     bind_attend<float>(m, "attend_f32");
     bind_attend<uint16_t>(m, "attend_bf16");

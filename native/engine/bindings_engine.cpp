@@ -25,6 +25,7 @@ using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Halves = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // bf16
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 using OutInts = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Routes = nb::ndarray<int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
@@ -163,7 +164,8 @@ class PlanEngine {
         put(std::move(op), true);
     }
 
-    void linear(long in, std::optional<Floats> norm, float eps, const std::vector<Packed>& weights,
+    // Number of the first matrix; the others' follow (`adapt`).
+    long linear(long in, std::optional<Floats> norm, float eps, const std::vector<Packed>& weights,
                 const std::vector<std::optional<Floats>>& biases, const std::vector<long>& outs, bool add_to,
                 std::optional<OutFloats> moments) {
         auto op = std::make_unique<shoal::Linear>();
@@ -177,10 +179,13 @@ class PlanEngine {
         }
         op->add_to = add_to;
         op->moments = hold(moments, 1, engine_.buffer_cols(in));
+        const long first = long(adapted_.size());
+        for (auto& part : op->parts) adaptable(part.adapted, part.weight);
         put(std::move(op), true);
+        return first;
     }
 
-    void head_linear(const Packed& stack, long in, long in_first, long in_step, long out, long out_first,
+    long head_linear(const Packed& stack, long in, long in_first, long in_step, long out, long out_first,
                      long out_step) {
         auto op = std::make_unique<shoal::HeadLinear>();
         shoal::PackedMatrix matrix = hold(stack);
@@ -188,7 +193,9 @@ class PlanEngine {
         op->wide = wide_;
         op->in = in, op->in_first = in_first, op->in_step = in_step;
         op->out = out, op->out_first = out_first, op->out_step = out_step;
+        adaptable(op->adapted, stack.matrix, stack.count);
         put(std::move(op), true);
+        return long(adapted_.size()) - 1;
     }
 
     void cache_mla(long layer, long query, long heads, long nope, long rope, long latent, long compressed, Floats norm,
@@ -222,7 +229,8 @@ class PlanEngine {
         put(std::move(op), true);
     }
 
-    void feed_forward(long in, Floats norm, float eps, const std::vector<Packed>& dense, std::optional<Packed> router,
+    // Numbers six matrices, there or not: gate, up and down of the always-used MLP, then of the experts.
+    long feed_forward(long in, Floats norm, float eps, const std::vector<Packed>& dense, std::optional<Packed> router,
                       std::optional<Floats> bias, const std::vector<Packed>& routed, nb::dict routing,
                       const std::vector<OutFloats>& moments) {
         auto op = std::make_unique<shoal::FeedForward>();
@@ -250,7 +258,43 @@ class PlanEngine {
         }
         if (!moments.empty()) hold_moments(*op, moments);
         feed_forwards_.push_back({program_, op.get()});
+        const long first = long(adapted_.size());
+        adaptable(op->adapted_dense.gate, op->gate, op->has_dense);
+        adaptable(op->adapted_dense.up, op->up, op->has_dense);
+        adaptable(op->adapted_dense.down, op->down, op->has_dense);
+        adaptable(op->adapted_experts.gate, op->expert_gate, op->experts);
+        adaptable(op->adapted_experts.up, op->expert_up, op->experts);
+        adaptable(op->adapted_experts.down, op->expert_down, op->experts);
         put(std::move(op), true);
+        return first;
+    }
+
+    // Adapter `adapter` adds scale * B (A x) to matrix `number`, or to each of its stack. a bf16 [R, cols] and b bf16
+    // [R, rows] hold the directions of all; pieces [count, 3] says of each matrix where its own begin in a and in b and
+    // how many they are. Not while a step runs.
+    void adapt(size_t number, size_t adapter, Halves a, Halves b, OutInts pieces, Floats scales) {
+        require(number < adapted_.size(), "no such matrix");
+        shoal::Adapted& matrix = *adapted_[number];
+        require(long(a.shape(1)) == matrix.cols && long(b.shape(1)) == matrix.rows, "factors of another matrix");
+        require(long(pieces.shape(0)) == matrix.count && pieces.shape(1) == 3 && long(scales.size()) == matrix.count,
+                "one piece a matrix of the stack");
+        std::vector<shoal::LowRank> stack;
+        for (long i = 0; i < matrix.count; ++i) {
+            const long at_a = pieces.data()[3 * i], at_b = pieces.data()[3 * i + 1], rank = pieces.data()[3 * i + 2];
+            require(at_a >= 0 && at_b >= 0 && rank >= 0 && at_a + rank <= long(a.shape(0)) &&
+                        at_b + rank <= long(b.shape(0)),
+                    "a piece outside the factors");
+            stack.push_back({a.data() + at_a * matrix.cols, b.data() + at_b * matrix.rows, rank, scales.data()[i]});
+        }
+        factors_.push_back({adapter, a, b});
+        matrix.set(adapter, std::move(stack));
+        num_adapters_ = std::max(num_adapters_, long(adapter) + 1);
+    }
+
+    // Forgets an adapter and lets go of its memory. Not while a step runs.
+    void drop_adapter(size_t adapter) {
+        for (shoal::Adapted* matrix : adapted_) matrix->clear(adapter);
+        std::erase_if(factors_, [&](const Factors& held) { return held.adapter == adapter; });
     }
 
     // How many routed experts all steps so far have read, and their packed bytes; an expert counts once a step.
@@ -294,10 +338,11 @@ class PlanEngine {
     // The operations written from here on belong to this program.
     void program(size_t number) { program_ = number; }
 
-    // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled.
+    // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled;
+    // adapter [T] is the number of each row's adapter or -1.
     // `source` is for programs that look ahead: the rows of the last step of program 0 that they continue.
     void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits,
-             size_t program, std::optional<Ints> source) {
+             size_t program, std::optional<Ints> source, std::optional<Ints> adapter) {
         require(token.size() > 0 && token.size() == position.size(), "one position a token");
         require(first_row.size() == pages.shape(0) + 1, "one row range a sequence");
         require(long(logits.shape(0)) == long(output_row.size()) && long(logits.shape(1)) == vocabulary_,
@@ -308,7 +353,11 @@ class PlanEngine {
         for (size_t i = 0; source && i < token.size(); ++i)
             require(source->size() == token.size() && source->data()[i] >= 0 && source->data()[i] < rows_,
                     "no such source row");
+        for (size_t i = 0; adapter && i < token.size(); ++i)
+            require(adapter->size() == token.size() && adapter->data()[i] >= -1 && adapter->data()[i] < num_adapters_,
+                    "no such adapter");
         shoal::Step step;
+        step.adapter = adapter ? adapter->data() : nullptr;
         step.tokens = long(token.size());
         step.token = token.data();
         step.position = position.data();
@@ -360,6 +409,11 @@ class PlanEngine {
             op.expert_hidden_moments = hold(std::optional(moments[dense + 1]), op.experts, op.expert_gate.rows);
         }
     }
+    void adaptable(shoal::Adapted& matrix, const shoal::PackedMatrix& weight, long count = 1) {
+        matrix.count = count;
+        if (count) matrix.rows = weight.rows, matrix.cols = weight.cols;
+        adapted_.push_back(&matrix);
+    }
     void put(std::unique_ptr<shoal::Operation> op, bool barrier) {
         op->barrier_after = barrier;
         engine_.add(program_, std::move(op));
@@ -367,6 +421,13 @@ class PlanEngine {
 
     shoal::Engine engine_;
     std::vector<std::pair<size_t, const shoal::FeedForward*>> feed_forwards_;  // by program; the engine owns them
+    struct Factors {
+        size_t adapter;
+        Halves a, b;
+    };
+    std::vector<shoal::Adapted*> adapted_;  // by number; the operations own them
+    std::vector<Factors> factors_;          // what they point into
+    long num_adapters_ = 0;
     std::vector<Bytes> memory_;
     std::vector<Floats> floats_;
     std::vector<OutFloats> moments_;
@@ -421,9 +482,12 @@ void shoal_bind_engine(nb::module_& m) {
              "out"_a)
         .def("feed_forward", &PlanEngine::feed_forward, "input"_a, "norm"_a, "eps"_a, "dense"_a, "router"_a.none(),
              "bias"_a.none(), "routed"_a, "routing"_a, "moments"_a = std::vector<OutFloats>{})
+        .def("adapt", &PlanEngine::adapt, "number"_a, "adapter"_a, "a"_a.noconvert(), "b"_a.noconvert(),
+             "pieces"_a.noconvert(), "scales"_a.noconvert())
+        .def("drop_adapter", &PlanEngine::drop_adapter, "adapter"_a)
         .def("routing", &PlanEngine::routing, "experts"_a.noconvert(), "weights"_a.noconvert(), "entropy"_a.noconvert())
         .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a, "moments"_a.noconvert() = nb::none())
         .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
              "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert(), "program"_a = 0,
-             "source"_a.noconvert() = nb::none());
+             "source"_a.noconvert() = nb::none(), "adapter"_a.noconvert() = nb::none());
 }

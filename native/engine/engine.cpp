@@ -69,7 +69,7 @@ long Worker::grain(long total, long at_least) const {
     return members == 1 ? std::max(total, 1L) : std::max(at_least, total / (members * 8));
 }
 
-Engine::Engine(int threads) : team_(threads), scratch_(threads * 8), quant_(threads * 2) {}
+Engine::Engine(int threads) : team_(threads), scratch_(threads * kScratchSlots), quant_(threads * 2) {}
 
 long Engine::add_buffer(long cols) {
     buffers_.push_back({cols, std::make_unique<Scratch>()});

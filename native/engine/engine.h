@@ -15,7 +15,8 @@
 namespace shoal {
 
 constexpr long kPageTokens = 64;
-constexpr long kCacheGroup = 64;  // cached int8 values that share a scale
+constexpr int kScratchSlots = 12;  // of a member
+constexpr long kCacheGroup = 64;   // cached int8 values that share a scale
 
 enum class CacheType : int32_t { f32 = 0, bf16 = 1, int8 = 2 };
 
@@ -45,6 +46,7 @@ struct Step {
     long outputs = 0;
     const int32_t* output_row = nullptr;  // [outputs]: rows whose logits are wanted
     float* logits = nullptr;              // [outputs, vocabulary]
+    const int32_t* adapter = nullptr;     // [T]: number of the adapter of each row, -1 for none; null: no row has one
     long sequence_of(long row) const {
         long s = 0;
         while (first_row[s + 1] <= row) ++s;
@@ -139,7 +141,7 @@ class Engine {
     void add(size_t program, std::unique_ptr<Operation> operation);
     void run(size_t program, const Step& step);
     void barrier() { team_.barrier(); }
-    Scratch& scratch(int member, int slot) { return scratch_[member * 8 + slot]; }
+    Scratch& scratch(int member, int slot) { return scratch_[member * kScratchSlots + slot]; }
     QuantBuffer& quant(int member, int slot = 0) { return quant_[member * 2 + slot]; }
 
   private:

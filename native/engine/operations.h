@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "engine/adapted.h"
 #include "engine/engine.h"
 
 namespace shoal {
@@ -31,27 +32,34 @@ struct RopeTable final : Operation {
     void run(const Worker& worker) override;
 };
 
-// outs[i] (+)= norm(x) W_i^T + bias_i.
+// outs[i] (+)= norm(x) W_i^T + bias_i, and what adapters add.
 struct Linear final : Operation {
     Input input;
     struct Part {
         PackedMatrix weight;
         const float* bias;
         long out;
+        Adapted adapted = {};
     };
     std::vector<Part> parts;
     bool add_to = false;
     float* moments = nullptr;  // add_moments of the input rows, if wanted
     SharedInput shared;
+    Scratch low;  // of every part, after one another
     bool quantised() const;
     void reserve(Engine& engine, const Step& step) override;
     void run(const Worker& worker) override;
+
+  private:
+    long low_width() const;
+    const float* shrink_parts(const Worker& worker, const Prepared& x);
 };
 
 // Per head n: out[t][out_first + n * out_step ...] = x[t][in_first + n * in_step ...] W_n^T.
 struct HeadLinear final : Operation {
     std::vector<PackedMatrix> weights;
     long in, in_first, in_step, out, out_first, out_step;
+    Adapted adapted;  // by head
     bool wide = false;
     void run(const Worker& worker) override;
 };
@@ -118,8 +126,15 @@ struct FeedForward final : Operation {
     float *moments = nullptr, *hidden_moments = nullptr;
     float *expert_moments = nullptr, *expert_hidden_moments = nullptr;
 
+    struct Mlp {
+        Adapted gate, up, down;
+        bool any_in() const { return gate.any() || up.any(); }
+    };
+    Mlp adapted_dense, adapted_experts;  // what adapters add to the always-used MLP and to each expert
+
     SharedInput shared;
     Scratch logits, hidden, dense_hidden;
+    Scratch low_in, low_experts_in, low_out;
     QuantBuffer gathered, hidden_quant, dense_quant;
     // Slots are (token, expert) pairs sorted by expert.
     struct Slots {
@@ -145,14 +160,26 @@ struct FeedForward final : Operation {
     void choose_experts(const Worker& worker, Slots& s);
     void group_slots(Slots& s, long tokens) const;
     WideRows run_experts(const Worker& worker, const Slots& s, const Prepared& x);
+    // Low-rank products of the step's rows or slots, null where no row has an adapter here. Before gate and up they are
+    // two, side by side; before down the dense rows' come first, then the slots'.
+    const float* shrink_dense(const Worker& worker, const Prepared& x);
+    const float* shrink_experts(const Worker& worker, const Slots& s, const Prepared& x);
+    const float* shrink_hidden(const Worker& worker, const Slots* s);
+    template <class Row>
+    void shrink_slots(const Worker& worker, const Slots& s, const Adapted& adapted, long first, long last, Row row,
+                      float* low, long stride) const;
+    void expand_slots(const Worker& worker, const Slots& s, const Adapted& adapted, long expert, const float* low,
+                      long low_stride, long from, long to, float* y, long stride) const;
     void count_experts(const Slots& s, const Prepared& x) const;
     void quantise_expert(const Worker& worker, const Slots& s, long expert, const WideRows& into, long cols,
                          const float* rows, long stride, bool by_token) const;
     WideRows quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes);
+    // `add` gets the gate's and the up projection's rows before they meet, and the columns that were made.
+    template <class Add>
     void hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x, long first,
-                      long last, float* out, long stride) const;
+                      long last, float* out, long stride, Add add) const;
     void down_tiles(const Worker& worker, const Slots* s, long first, long last, float* x, const Prepared& dense,
-                    const WideRows& routed);
+                    const WideRows& routed, const float* low);
 };
 
 // logits = norm(x[output rows]) W^T.

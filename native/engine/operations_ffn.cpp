@@ -101,21 +101,29 @@ void FeedForward::group_slots(Slots& s, long tokens) const {
     }
 }
 
+template <class Add>
 void FeedForward::hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x,
-                               long first, long last, float* out, long stride) const {
+                               long first, long last, float* out, long stride, Add add) const {
     float* up_rows = worker.engine.scratch(worker.member, 4).array<float>(x.tokens * stride);
     multiply(worker.ops, g, x, first, last, out, stride, false);
     multiply(worker.ops, u, x, first, last, up_rows, stride, false);
     const long from = first * kTileRows, cols = std::min(last * kTileRows, g.rows) - from;
+    add(out, up_rows, from, from + cols);
     worker.ops.silu_mul(out + from, stride, up_rows + from, stride, out + from, stride, x.tokens, cols);
 }
 
 void FeedForward::down_tiles(const Worker& worker, const Slots* s, long first, long last, float* x,
-                             const Prepared& dense, const WideRows& routed) {
+                             const Prepared& dense, const WideRows& routed, const float* low) {
     const long stride = worker.engine.buffer_cols(input.buffer);
+    const long from = first * kTileRows, to = std::min(last * kTileRows, stride), cols = to - from;
+    const Adapted &of_dense = adapted_dense.down, &of_experts = adapted_experts.down;
     if (has_dense) multiply(worker.ops, down, dense, first, last, x, stride, true);
+    if (low) {
+        if (of_dense.any()) expand(worker, of_dense, low, of_dense.width(), from, to, x, stride);
+        low += worker.step.tokens * of_dense.width();
+    }
     if (!s) return;
-    const long width = expert_down.cols, from = first * kTileRows, cols = std::min(last * kTileRows, stride) - from;
+    const long width = expert_down.cols;
     long most = 0;
     for (const long e : s->used) most = std::max(most, s->count(e));
     float* product = worker.engine.scratch(worker.member, 5).array<float>(most * cols);
@@ -124,6 +132,8 @@ void FeedForward::down_tiles(const Worker& worker, const Slots* s, long first, l
         const float* rows = hidden.array<float>(0) + s->offset[e] * width;
         const Prepared h{rows, width, routed.from_row(s->quant_row[e], width), lanes_for(count), count, width};
         multiply(worker.ops, expert_of(expert_down, e), h, first, last, product - from, cols, false);
+        if (low && of_experts.any())
+            expand_slots(worker, *s, of_experts, e, low, of_experts.width(), from, to, product - from, cols);
         for (long i = 0; i < count; ++i) {
             float* row = x + s->token[s->offset[e] + i] * stride + from;
             const float factor = s->factor[s->offset[e] + i];
@@ -138,6 +148,12 @@ void FeedForward::reserve(Engine& engine, const Step& step) {
     if (has_dense) {
         dense_hidden.array<float>(tokens * gate.rows);
         if (down.quantised()) dense_quant.reserve(tokens, gate.rows, input.wide);
+    }
+    if (step.adapter) {
+        const Mlp &d = adapted_dense, &e = adapted_experts;
+        low_in.array<float>(tokens * (d.gate.width() + d.up.width()));
+        low_experts_in.array<float>(tokens * active * (e.gate.width() + e.up.width()));
+        low_out.array<float>(tokens * (d.down.width() + active * e.down.width()));
     }
     if (!experts) return;
     logits.array<float>(tokens * experts);
@@ -161,6 +177,14 @@ void FeedForward::run(const Worker& worker) {
     float* dense_rows = dense_hidden.array<float>(0);
     const long dense_width = has_dense ? gate.rows : 0, router_tiles = experts ? router.tiles() : 0;
     const long pieces = has_dense ? (gate.tiles() + kHiddenTiles - 1) / kHiddenTiles : 0;
+    const float* dense_low = shrink_dense(worker, x);
+    auto add = [&](float* gate_rows, float* up_rows, long from, long to) {
+        if (!dense_low) return;
+        const auto& [g, u, d] = adapted_dense;
+        const long stride = g.width() + u.width();
+        expand(worker, g, dense_low, stride, from, to, gate_rows, dense_width);
+        expand(worker, u, dense_low + g.width(), stride, from, to, up_rows, dense_width);
+    };
     long first, last;
     while (worker.next(1, router_tiles + pieces, 1, first, last)) {
         if (first < router_tiles) {
@@ -168,7 +192,8 @@ void FeedForward::run(const Worker& worker) {
             continue;
         }
         const long tile = (first - router_tiles) * kHiddenTiles;
-        hidden_chunk(worker, gate, up, x, tile, std::min(tile + kHiddenTiles, gate.tiles()), dense_rows, dense_width);
+        hidden_chunk(worker, gate, up, x, tile, std::min(tile + kHiddenTiles, gate.tiles()), dense_rows, dense_width,
+                     add);
     }
     worker.barrier();
     if (worker.member == 0 && moments) add_moments(x.rows, x.stride, tokens, cols, moments);
@@ -183,10 +208,11 @@ void FeedForward::run(const Worker& worker) {
     Prepared dense{dense_rows, dense_width, {}, lanes_for(tokens), tokens, dense_width};
     if (has_dense && down.quantised())
         dense.quant = quantise_dense_hidden(worker, dense_rows, dense_width, dense.lanes);
+    const float* low = shrink_hidden(worker, s);
     const long tiles = (cols + kTileRows - 1) / kTileRows;
     float* out = worker.engine.buffer(input.buffer, tokens);
     while (worker.next(7, tiles, std::min(worker.grain(tiles), kMaxExpertTiles), first, last))
-        down_tiles(worker, s, first, last, out, dense, routed);
+        down_tiles(worker, s, first, last, out, dense, routed, low);
 }
 
 void FeedForward::choose_experts(const Worker& worker, Slots& s) {
@@ -262,6 +288,7 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
             quantise_expert(worker, s, s.used[first], in, cols, x.rows, x.stride, true);
         worker.barrier();
     }
+    const float* low = shrink_experts(worker, s, x);
     const long pieces = (expert_gate.tiles() + kHiddenTiles - 1) / kHiddenTiles;
     const long grain = one ? 1 : std::min(pieces, kMaxExpertTiles / kHiddenTiles);
     while (worker.next(4, count_used * pieces, grain, first, last)) {
@@ -278,8 +305,15 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
                 part.rows = copy;
                 part.stride = cols;
             }
+            auto add = [&](float* gate_rows, float* up_rows, long from, long to) {
+                if (!low) return;
+                const auto& [g, u, d] = adapted_experts;
+                const long stride = g.width() + u.width();
+                expand_slots(worker, s, g, e, low, stride, from, to, gate_rows, width);
+                expand_slots(worker, s, u, e, low + g.width(), stride, from, to, up_rows, width);
+            };
             hidden_chunk(worker, expert_of(expert_gate, e), expert_of(expert_up, e), part, tile,
-                         std::min(tile + kHiddenTiles, expert_gate.tiles()), rows + s.offset[e] * width, width);
+                         std::min(tile + kHiddenTiles, expert_gate.tiles()), rows + s.offset[e] * width, width, add);
         }
     }
     worker.barrier();
@@ -295,6 +329,78 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
         quantise_expert(worker, s, s.used[first], out, width, rows, width, false);
     worker.barrier();
     return out;
+}
+
+// ---- what adapters add
+
+const float* FeedForward::shrink_dense(const Worker& worker, const Prepared& x) {
+    const auto& [g, u, d] = adapted_dense;
+    if (!worker.step.adapter || !adapted_dense.any_in()) return nullptr;
+    const long stride = g.width() + u.width();
+    return low_rows(worker, low_in, 8, x.tokens, stride, [&](float* low, long first, long last) {
+        shrink(worker, g, x.rows, x.stride, first, last, low, stride);
+        shrink(worker, u, x.rows, x.stride, first, last, low + g.width(), stride);
+    });
+}
+
+// Slots [first, last) of all experts, whose rows `row(slot)` finds.
+template <class Row>
+void FeedForward::shrink_slots(const Worker& worker, const Slots& s, const Adapted& adapted, long first, long last,
+                               Row row, float* low, long stride) const {
+    for (const long e : s.used) {
+        for (long slot = std::max(first, s.offset[e]); slot < std::min(last, s.offset[e + 1]); ++slot) {
+            if (const LowRank* pair = adapted.find(worker.step.adapter[s.token[slot]], e))
+                worker.ops.lora_shrink(row(slot), 0, 1, adapted.cols, pair->a, pair->rank, pair->scale,
+                                       low + slot * stride, stride);
+        }
+    }
+}
+
+// One expert's slots; y holds their rows after one another.
+void FeedForward::expand_slots(const Worker& worker, const Slots& s, const Adapted& adapted, long expert,
+                               const float* low, long low_stride, long from, long to, float* y, long stride) const {
+    for (long slot = s.offset[expert]; slot < s.offset[expert + 1]; ++slot) {
+        if (const LowRank* pair = adapted.find(worker.step.adapter[s.token[slot]], expert))
+            worker.ops.lora_expand(low + slot * low_stride, low_stride, 1, pair->rank, pair->b + from, adapted.rows,
+                                   to - from, y + (slot - s.offset[expert]) * stride + from, stride);
+    }
+}
+
+const float* FeedForward::shrink_experts(const Worker& worker, const Slots& s, const Prepared& x) {
+    const auto& [g, u, d] = adapted_experts;
+    if (!worker.step.adapter || !adapted_experts.any_in()) return nullptr;
+    const long stride = g.width() + u.width();
+    auto row = [&](long slot) { return x.rows + s.token[slot] * x.stride; };
+    return low_rows(worker, low_experts_in, 9, x.tokens * active, stride, [&](float* low, long first, long last) {
+        shrink_slots(worker, s, g, first, last, row, low, stride);
+        shrink_slots(worker, s, u, first, last, row, low + g.width(), stride);
+    });
+}
+
+// Both hidden parts are complete when this is called.
+const float* FeedForward::shrink_hidden(const Worker& worker, const Slots* s) {
+    const Adapted &of_dense = adapted_dense.down, &of_experts = adapted_experts.down;
+    if (!worker.step.adapter || !(of_dense.any() || of_experts.any())) return nullptr;
+    const long tokens = worker.step.tokens, slots_from = tokens * of_dense.width();
+    const long count = s ? tokens * active : 0, members = worker.engine.threads();
+    const float *dense_rows = dense_hidden.array<float>(0), *rows = hidden.array<float>(0);
+    auto row = [&](long slot) { return rows + slot * of_experts.cols; };
+    auto fill = [&](float* low, long member, long of) {
+        shrink(worker, of_dense, dense_rows, of_dense.cols, tokens * member / of, tokens * (member + 1) / of, low,
+               of_dense.width());
+        if (s)
+            shrink_slots(worker, *s, of_experts, count * member / of, count * (member + 1) / of, row, low + slots_from,
+                         of_experts.width());
+    };
+    if (tokens <= kPrivateTokens) {
+        float* low = worker.engine.scratch(worker.member, 10).array<float>(slots_from + count * of_experts.width());
+        fill(low, 0, 1);
+        return low;
+    }
+    float* low = low_out.array<float>(0);
+    fill(low, worker.member, members);
+    worker.barrier();
+    return low;
 }
 
 }  // namespace shoal

@@ -50,27 +50,53 @@ bool Linear::quantised() const {
     return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.weight.quantised(); });
 }
 
-void Linear::reserve(Engine& engine, const Step& step) { reserve_input(engine, step, shared, input, quantised()); }
+void Linear::reserve(Engine& engine, const Step& step) {
+    reserve_input(engine, step, shared, input, quantised());
+    if (step.adapter) low.array<float>(step.tokens * low_width());
+}
+
+long Linear::low_width() const {
+    long width = 0;
+    for (const Part& part : parts) width += part.adapted.width();
+    return width;
+}
+
+// Every part's low-rank products side by side, [T, low_width()]; null if there are none.
+const float* Linear::shrink_parts(const Worker& worker, const Prepared& x) {
+    const long width = worker.step.adapter ? low_width() : 0;
+    if (!width) return nullptr;
+    return low_rows(worker, low, 8, x.tokens, width, [&](float* rows, long first, long last) {
+        for (const Part& part : parts) {
+            shrink(worker, part.adapted, x.rows, x.stride, first, last, rows, width);
+            rows += part.adapted.width();
+        }
+    });
+}
 
 void Linear::run(const Worker& worker) {
     long tiles = 0;
     for (const Part& part : parts) tiles += part.weight.tiles();
     const Prepared x = prepare(worker, shared, input, quantised(), 0);
     if (moments && worker.member == 0) add_moments(x.rows, x.stride, x.tokens, x.cols, moments);
+    const float* lows = shrink_parts(worker, x);
+    const long low_stride = lows ? low_width() : 0;
     long first, last;
     while (worker.next(1, tiles, worker.grain(tiles), first, last)) {
-        long base = 0;
+        long base = 0, low_from = 0;
         for (const Part& part : parts) {
             const long from = std::max(first - base, 0L), to = std::min(last - base, part.weight.tiles());
+            const float* low_rows = lows ? lows + low_from : nullptr;
             base += part.weight.tiles();
+            low_from += part.adapted.width();
             if (from >= to) continue;
             const long stride = worker.engine.buffer_cols(part.out);
+            const long row = from * kTileRows, end = std::min(to * kTileRows, part.weight.rows);
             float* y = worker.engine.buffer(part.out, worker.step.tokens);
             multiply(worker.ops, part.weight, x, from, to, y, stride, add_to);
+            if (low_rows) expand(worker, part.adapted, low_rows, low_stride, row, end, y, stride);
             if (!part.bias) continue;
             for (long t = 0; t < x.tokens; ++t)
-                for (long row = from * kTileRows; row < std::min(to * kTileRows, part.weight.rows); ++row)
-                    y[t * stride + row] += part.bias[row];
+                for (long i = row; i < end; ++i) y[t * stride + i] += part.bias[i];
         }
     }
 }
@@ -87,8 +113,12 @@ void HeadLinear::run(const Worker& worker) {
         if (weights[first].quantised())
             prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), rows, in_stride, tokens, cols,
                                            prepared.lanes, wide);
-        multiply(worker.ops, weights[first], prepared, 0, weights[first].tiles(), y + out_first + first * out_step,
-                 out_stride, false);
+        float* out_rows = y + out_first + first * out_step;
+        multiply(worker.ops, weights[first], prepared, 0, weights[first].tiles(), out_rows, out_stride, false);
+        if (!worker.step.adapter || !adapted.any()) continue;
+        float* low = worker.engine.scratch(worker.member, 8).array<float>(tokens * adapted.width());
+        shrink(worker, adapted, rows, in_stride, 0, tokens, low, adapted.width(), first);
+        expand(worker, adapted, low, adapted.width(), 0, weights[first].rows, out_rows, out_stride, first);
     }
 }
 

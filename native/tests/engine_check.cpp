@@ -25,6 +25,7 @@ struct Setup {
     shoal::CacheType cache;
     bool wide;
     int threads;
+    bool adapted = false;  // text 0 runs with adapter 0, text 1 with adapter 1, text 2 with none
 };
 
 // Owns the weights that the plan points into.
@@ -64,8 +65,9 @@ class Model {
 
     // Logits after every token of the slices, whose texts are fixed by their number.
     Logits run(const std::vector<Slice>& slices, size_t program = 0) {
-        std::vector<int32_t> token, position, first_row{0}, pages, rows;
+        std::vector<int32_t> token, position, first_row{0}, pages, rows, adapter;
         for (const Slice& slice : slices) {
+            adapter.insert(adapter.end(), slice.last - slice.first, slice.text < 2 ? slice.text : -1);
             for (long t = slice.first; t < slice.last; ++t) {
                 token.push_back(int32_t((t * t * 7 + t * 13 + slice.text * 31) % kVocabulary));
                 position.push_back(int32_t(t));
@@ -86,6 +88,7 @@ class Model {
         step.output_row = rows.data();
         step.logits = logits.data();
         step.source = rows.data();
+        step.adapter = setup_.adapted && program == 0 ? adapter.data() : nullptr;
         engine_.run(program, step);
         return logits;
     }
@@ -130,16 +133,38 @@ class Model {
         return out;
     }
 
+    // Two adapters of ranks 0 to 2, in blocks of their exact size.
+    void adapt(shoal::Adapted& at, const PackedMatrix& weight, long count = 1) {
+        at.rows = weight.rows, at.cols = weight.cols, at.count = count;
+        for (long adapter = 0; setup_.adapted && adapter < 2; ++adapter) {
+            std::vector<shoal::LowRank> stack;
+            for (long i = 0; i < count; ++i) {
+                const long rank = (i + adapter + 1) % 3;
+                stack.push_back({halves(rank * at.cols), halves(rank * at.rows), rank, 0.7f});
+            }
+            at.set(size_t(adapter), std::move(stack));
+        }
+    }
+
+    const uint16_t* halves(long count) {
+        halves_.push_back(std::make_unique<uint16_t[]>(size_t(count)));
+        for (long i = 0; i < count; ++i) halves_.back()[i] = shoal::float_to_bf16(0.2f * random());
+        return halves_.back().get();
+    }
+
     void linear(long in, const float* norm, std::vector<std::pair<PackedMatrix, long>> parts, bool add_to) {
         auto& op = add<shoal::Linear>();
         op.input = {in, norm, 1e-5f, setup_.wide};
         op.add_to = add_to;
         for (const auto& [weight, out] : parts) op.parts.push_back({weight, add_to ? ones(weight.rows) : nullptr, out});
+        for (auto& part : op.parts)
+            if (program_ == 0) adapt(part.adapted, part.weight);
     }
 
     void heads(long in, long in_step, PackedMatrix weight, long out, long out_step) {
         auto& op = add<shoal::HeadLinear>();
         for (long n = 0; n < kHeads; ++n, weight.data += weight.bytes()) op.weights.push_back(weight);
+        adapt(op.adapted, op.weights[0], kHeads);
         op.in = in, op.in_first = 0, op.in_step = in_step, op.wide = setup_.wide;
         op.out = out, op.out_first = 0, op.out_step = out_step;
     }
@@ -195,12 +220,16 @@ class Model {
         op.input = input();
         op.has_dense = true;
         op.gate = matrix(40, kHidden, 0.3f), op.up = matrix(40, kHidden, 0.3f), op.down = matrix(kHidden, 40, 0.3f);
+        adapt(op.adapted_dense.gate, op.gate), adapt(op.adapted_dense.up, op.up);
+        adapt(op.adapted_dense.down, op.down);
         if (!experts) return;
         op.wide_experts = setup_.wide;
         op.router = matrix(8, kHidden, 0.3f, 1, Packing::f32);
         op.bias = ones(8);
         op.expert_gate = matrix(24, kHidden, 0.3f, 8), op.expert_up = matrix(24, kHidden, 0.3f, 8);
         op.expert_down = matrix(kHidden, 24, 0.3f, 8);
+        adapt(op.adapted_experts.gate, op.expert_gate, 8), adapt(op.adapted_experts.up, op.expert_up, 8);
+        adapt(op.adapted_experts.down, op.expert_down, 8);
         op.experts = 8, op.active = 3, op.groups = 4, op.groups_kept = 2;
         op.sigmoid = op.top_two = op.normalise = true;
         op.scaling = 2.5f;
@@ -227,6 +256,7 @@ class Model {
     size_t program_ = 0;
     std::vector<std::unique_ptr<std::vector<float>>> floats_;
     std::vector<std::unique_ptr<std::vector<uint8_t>>> bytes_;
+    std::vector<std::unique_ptr<uint16_t[]>> halves_;
 };
 
 constexpr long kTokens = 270;  // five pages, the last of them in a second chunk of attention
@@ -241,15 +271,15 @@ Logits whole(Model& model) {
     return logits;
 }
 
-// The same in pieces of these sizes in turn, if wanted beside a second sequence that is a few tokens ahead.
-Logits pieces(Model& model, const std::vector<long>& sizes, bool company) {
+// The same in pieces of these sizes in turn, if wanted beside another text that is a few tokens ahead (0: none).
+Logits pieces(Model& model, const std::vector<long>& sizes, int company) {
     Logits out, ahead_of_it;
     size_t turn = 0;
     long other = 0;
     for (long at = 0; at < kTokens;) {
         const long n = std::min(sizes[turn++ % sizes.size()], kTokens - at), ahead = std::min(n + 1, kTokens - other);
         std::vector<Model::Slice> slices{{at, at + n, kOwn, 0}};
-        if (company && ahead > 0) slices.insert(slices.begin(), {other, other + ahead, kOther, 1});
+        if (company && ahead > 0) slices.insert(slices.begin(), {other, other + ahead, kOther, company});
         const Logits logits = model.run(slices);
         const Logits next = model.run(slices, 1);
         out.insert(out.end(), logits.end() - n * kVocabulary, logits.end());
@@ -286,8 +316,14 @@ int check(Setup setup, const char* isa) {
         if (threads == 1) truth = all;
         expect("logits are not finite, or nothing happens", alive(all));
         expect("threads change the result", same(all, truth));
-        expect("chunks change the result", same(pieces(model, {1, 1, 2, 3, 1, 50, 1, 7, 198, 1}, false), truth));
-        expect("company changes the result", same(pieces(model, {1, 4, 120, 2}, true), truth));
+        expect("chunks change the result", same(pieces(model, {1, 1, 2, 3, 1, 50, 1, 7, 198, 1}, 0), truth));
+        expect("company changes the result", same(pieces(model, {1, 4, 120, 2}, 1), truth));
+        if (!setup.adapted) continue;
+        expect("company without an adapter changes the result", same(pieces(model, {1, 4, 120, 2}, 2), truth));
+        if (threads > 1) continue;
+        setup.adapted = false;
+        expect("an adapter adds nothing", !same(whole(*std::make_unique<Model>(setup)), truth));
+        setup.adapted = true;
     }
     return failed;
 }
@@ -332,7 +368,8 @@ int main() {
                  {Setup{mla, Packing::f32, CacheType::f32, false, 1},
                   Setup{mla, Packing::bf16, CacheType::bf16, false, 1},
                   Setup{mla, Packing::q8, CacheType::bf16, true, 1}, Setup{mla, Packing::q4, CacheType::int8, false, 1},
-                  Setup{mla, Packing::q4m, CacheType::f32, true, 1}}) {
+                  Setup{mla, Packing::q4m, CacheType::f32, true, 1},
+                  Setup{mla, mla ? Packing::q8 : Packing::f32, CacheType::bf16, mla, 1, true}}) {
                 ++(check(setup, ops->isa) ? failed : passed);
             }
         }

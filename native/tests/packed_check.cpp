@@ -57,6 +57,8 @@ struct Quant {
     Array<float> rest;
 };
 
+uint16_t bf16(float value) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, value) >> 16); }
+
 bool fail(const char* kernel, const Ops& ops, int rows, int cols, int tokens) {
     std::fprintf(stderr, "%s on %s differs: %d rows, %d columns, %d tokens\n", kernel, ops.isa, rows, cols, tokens);
     return false;
@@ -185,6 +187,41 @@ bool check_matmul_f(const Ops& ops, const Ops& scalar) {
     return true;
 }
 
+// Whole numbers and eighths: both products are exact.
+bool check_lora_shrink(const Ops& ops, const Ops& scalar) {
+    for (int step = 0; step < 150; ++step) {
+        const int rows = step % 4, cols = 1 + step, rank = step % 7;
+        Random random(static_cast<uint32_t>(step));
+        Array<uint16_t> a(rank * cols);
+        for (int64_t i = 0; i < a.size; ++i) a.data[i] = bf16(random.whole(64) / 8.0f);
+        Rows x(rows, cols);
+        for (size_t i = 0; i < x.size(); ++i) x.set(i, x.in_gap(i) ? NAN : random.whole(100));
+        Array<float> low(rows * rank), truth(rows * rank);
+        ops.lora_shrink(x.data(), x.stride(), rows, cols, a.get(), rank, 0.5f, low.get(), rank);
+        scalar.lora_shrink(x.data(), x.stride(), rows, cols, a.get(), rank, 0.5f, truth.get(), rank);
+        if (!low.same(truth)) return fail("lora_shrink", ops, rank, cols, rows);
+    }
+    return true;
+}
+
+bool check_lora_expand(const Ops& ops, const Ops& scalar) {
+    for (int step = 0; step < 150; ++step) {
+        const int rows = step % 4, cols = 1 + step, rank = step % 7;
+        Random random(static_cast<uint32_t>(step));
+        Array<uint16_t> b(rank * (cols + 3));  // in rows that go on behind the columns
+        for (int64_t i = 0; i < b.size; ++i) b.data[i] = i % (cols + 3) < cols ? bf16(random.whole(64) / 8.0f) : 0x7fc0;
+        Array<float> low(rows * rank);
+        for (int64_t i = 0; i < low.size; ++i) low.data[i] = random.whole(100);
+        Rows y(rows, cols), truth(rows, cols);
+        y.fill(1, 0.0f);
+        truth.fill(1, 0.0f);
+        ops.lora_expand(low.get(), rank, rows, rank, b.get(), cols + 3, cols, y.data(), y.stride());
+        scalar.lora_expand(low.get(), rank, rows, rank, b.get(), cols + 3, cols, truth.data(), truth.stride());
+        if (!same_rows(y, truth)) return fail("lora_expand", ops, rank, cols, rows);
+    }
+    return true;
+}
+
 bool check_widen_rows(const Ops& ops, const Ops& scalar) {
     for (int width = 1; width <= 140; ++width) {
         const int rows = width % 5, scales_at = (width + 3) / 4 * 4, bytes = scales_at + (width + 63) / 64 * 4;
@@ -260,8 +297,13 @@ bool check_attend(const Ops& ops, const Ops& scalar) {
 
 const std::vector<PackedCase>& packed_cases() {
     static const std::vector<PackedCase> cases = {
-        {"quantize_rows", check_quantize_rows}, {"matmul_q", check_matmul_q}, {"matmul_f", check_matmul_f},
-        {"widen_rows", check_widen_rows},       {"attend", check_attend},
+        {"quantize_rows", check_quantize_rows},
+        {"matmul_q", check_matmul_q},
+        {"matmul_f", check_matmul_f},
+        {"lora_shrink", check_lora_shrink},
+        {"lora_expand", check_lora_expand},
+        {"widen_rows", check_widen_rows},
+        {"attend", check_attend},
     };
     return cases;
 }

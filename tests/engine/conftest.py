@@ -163,13 +163,13 @@ class Gate:
         self.fails_at: Callable[[tuple[Any, ...]], bool] = lambda arrays: True
         llm._core._engine = self  # type: ignore[assignment]
 
-    def run(self, *arrays: Any) -> None:
+    def run(self, *arrays: Any, **rest: Any) -> None:
         self.steps += 1
         self.entered.release()
         assert self.steps < self.hold_from or self.open.wait(10)
         if self.fails is not None and self.fails_at(arrays):
             raise self.fails
-        self._engine.run(*arrays)
+        self._engine.run(*arrays, **rest)
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ class FakeGeneration:
 class FakeEmbedder:
     """A piece, then a vector that tells the text's first token."""
 
-    def embed(self, tokens: Sequence[int], *, pooling: str) -> Iterator[Embedding | None]:
+    def embed(self, tokens: Sequence[int], *, pooling: str, adapter: int = -1) -> Iterator[Embedding | None]:
         yield None
         vector = np.array([tokens[0], 1 if pooling == "mean" else 2, 0, 0], np.float32)
         yield Embedding(vector=vector / np.linalg.norm(vector), tokens=len(tokens))
@@ -141,6 +141,9 @@ class FakeLLM:
         self.expert_load = None
         self.step_error: Exception | None = None
 
+    def adapter_number(self, name: str | None) -> int:
+        return -1
+
     def embedder(self) -> FakeEmbedder:
         return FakeEmbedder()
 
@@ -153,8 +156,9 @@ class FakeLLM:
         return self.tokenizer.encode("".join(message["content"] for message in messages))
 
     def prepare(
-        self, ids: Sequence[int], params: SamplingParams, *, score: bool = False, generate: bool = True
-    ) -> FakeGeneration:
+        self, ids: Sequence[int], params: SamplingParams, *, score: bool = False, generate: bool = True,
+        adapter: str | None = None,
+    ) -> FakeGeneration:  # fmt: skip
         if len(ids) >= self.max_context:
             raise RequestError("prompt", f"holds {len(ids)} tokens, 100 fit", code="context_length_exceeded")
         self.asked.append((list(ids), params))

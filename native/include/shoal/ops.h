@@ -66,6 +66,15 @@ struct Ops {
     void (*widen_rows)(const uint8_t* x, int64_t row_bytes, int64_t scales_at, int64_t rows, int64_t width,
                        uint16_t* y);
 
+    // low = scale x A^T, onto the `rank` directions of an adapter (LoRA, arXiv 2106.09685). x [rows, cols]; a bf16
+    // [rank, cols]; low [rows, rank]. A direction's sum does not depend on the others.
+    void (*lora_shrink)(const float* x, int64_t x_stride, int64_t rows, int64_t cols, const uint16_t* a, int64_t rank,
+                        float scale, float* low, int64_t low_stride);
+
+    // y += low B^T. low [rows, rank]; b is B transposed, bf16 [rank, cols] in rows of b_stride; y [rows, cols].
+    void (*lora_expand)(const float* low, int64_t low_stride, int64_t rows, int64_t rank, const uint16_t* b,
+                        int64_t b_stride, int64_t cols, float* y, int64_t y_stride);
+
     // Folds one block of keys into a running softmax: top, total [16] and out [num_queries, value_width], which start
     // at -1e30, 0 and 0. The result is out / total. With bf16 the weights of a block's keys meet the values in bf16. A
     // lane that has seen no key yet holds finite numbers that its first key wipes out.

@@ -92,7 +92,9 @@ def run(
 
     def load() -> LLM:
         limits: dict[str, Any] = {"max_context": max_context, "threads": threads, "max_running": parallel}
-        llm = _beside(LLM(path, **limits), adapters)
+        llm = LLM(path, **limits)
+        for adapter_name, folder in adapters.items():
+            llm.load_adapter(adapter_name, folder)
         llm.beside.update({code_name: LLM(code_path, **limits)} if code_name and code_path else {})
         return traces.watch(llm)
 
@@ -129,12 +131,6 @@ def _adapters(given: list[str], taken: tuple[str | None, ...]) -> dict[str, Path
             raise ConfigError("adapter", f"the name {name!r} is taken")
         out[name] = Path(folder)
     return out
-
-
-def _beside(llm: LLM, adapters: dict[str, Path]) -> LLM:
-    """Adapters beside the model: each holds anew only the matrices that it changes, and a cache of its own."""
-    llm.beside.update({name: llm.with_adapter(folder) for name, folder in adapters.items()})
-    return llm
 
 
 class _Keys(NamedTuple):

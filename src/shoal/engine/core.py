@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal.config import ModelConfig
+from shoal.engine.adapters import PackedAdapter
 from shoal.engine.machine import usable_cpus
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
@@ -55,6 +55,7 @@ class _Batch:
     first_row: NDArray[np.int32]
     pages: NDArray[np.int32]
     wanted: NDArray[np.int32]
+    adapter: NDArray[np.int32] | None  # of each row, if any has one
 
 
 class _Locked:
@@ -88,7 +89,6 @@ class Core:
         look_ahead: guess one token ahead with the model's multi-token-prediction layer, if it has one.
         step_tokens, mixed_tokens: see `Scheduler`; they change speed, never results.
         moments: to be filled with what every matrix meets (`plan.write_plan`), for calibration.
-        shared: packed matrices of another core that this one need not hold again, by the names in `Plan.weights`.
     """
 
     def __init__(
@@ -106,7 +106,6 @@ class Core:
         step_tokens: int = STEP_TOKENS,
         mixed_tokens: int = MIXED_TOKENS,
         moments: Moments | None = None,
-        shared: Mapping[str, Any] | None = None,
     ) -> None:
         if cache not in CACHES:
             raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
@@ -117,9 +116,8 @@ class Core:
         check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens, look_ahead=look_ahead)
         self.threads = threads or usable_cpus()
         plan = write_plan(
-            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead, moments=moments,
-            weights=shared,
-        )  # fmt: skip
+            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead, moments=moments
+        )
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes
@@ -134,6 +132,7 @@ class Core:
         self._engine = plan.engine
         self._config = config
         self._steps = 0
+        self._adapters: dict[int, PackedAdapter] = {}
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
             self._pool, step_tokens=step_tokens, mixed_tokens=mixed_tokens, max_running=max_running
@@ -153,6 +152,26 @@ class Core:
         `step_bytes`."""
         count, size = self._engine.experts_read
         return int(count), int(size)
+
+    def add_adapter(self, adapter: PackedAdapter) -> int:
+        """Put an adapter beside the weights, between two steps; returns its number."""
+        with self._locked():
+            self._turn.wait_for(lambda: not self._stepping)
+            number = next(i for i in range(len(self._adapters) + 1) if i not in self._adapters)
+            adapter.attach(self.plan, number)
+            self._adapters[number] = adapter
+            self.weight_bytes += adapter.nbytes
+        return number
+
+    def drop_adapter(self, number: int) -> bool:
+        """Let go of an adapter's memory; False, and nothing done, while a sequence runs with it or waits to."""
+        with self._locked():
+            self._turn.wait_for(lambda: not self._stepping)
+            if any(s.adapter == number for s in (*self._scheduler.running, *self._scheduler.waiting)):
+                return False
+            self._engine.drop_adapter(number)
+            self.weight_bytes -= self._adapters.pop(number).nbytes
+        return True
 
     @property
     def load(self) -> Load:
@@ -248,6 +267,11 @@ class Core:
         table = np.zeros((len(slices), most), np.int32)
         for index, piece in enumerate(slices):
             table[index, : len(piece.sequence.pages)] = piece.sequence.pages
+        adapter = None
+        if any(piece.sequence.adapter >= 0 for piece in slices):
+            adapter = np.repeat(
+                np.array([piece.sequence.adapter for piece in slices], np.int32), [piece.rows for piece in slices]
+            )
         return _Batch(
             slices=slices,
             tokens=np.array(tokens, np.int32),
@@ -255,6 +279,7 @@ class Core:
             first_row=np.array(first_row, np.int32),
             pages=table,
             wanted=np.array(wanted, np.int32),
+            adapter=adapter,
         )
 
     def _compute(self, batch: _Batch, done: list[tuple[Slice, int]]) -> None:
@@ -265,7 +290,9 @@ class Core:
         logits = self._logits[: len(batch.wanted)]
         started = time.perf_counter()
         try:
-            self._engine.run(batch.tokens, batch.positions, batch.first_row, batch.pages, batch.wanted, logits)
+            self._engine.run(
+                batch.tokens, batch.positions, batch.first_row, batch.pages, batch.wanted, logits, adapter=batch.adapter
+            )
         except Exception as error:
             for piece in batch.slices:
                 piece.sequence.fail(error)

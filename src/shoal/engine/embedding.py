@@ -7,12 +7,13 @@ its own, so that answers under way keep theirs, and reads one text at a time, a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.engine.adapters import PackedAdapter
 from shoal.engine.plan import PAGE_TOKENS, Plan, cache_widths, write_plan
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import Checkpoint
@@ -37,16 +38,22 @@ class Embedder:
     Args:
         plan: what the model answers with; its weights are shared.
         limit: most tokens of a text.
+        adapters: what may run beside the weights, by the numbers that `embed` takes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, *, wide: bool, cache_type: int, limit: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, *, wide: bool, cache_type: int, limit: int,
+        adapters: Mapping[int, PackedAdapter] | None = None,
+    ) -> None:  # fmt: skip
         self._plan = write_plan(checkpoint, threads=plan.engine.threads, wide=wide, states_of=plan)
+        for number, adapter in (adapters or {}).items():
+            adapter.attach(self._plan, number)
         self._width = checkpoint.config.hidden_size
         self._cache_type = cache_type
         self._pages = 0
         self._limit = limit
 
-    def embed(self, tokens: Sequence[int], *, pooling: str = "mean") -> Iterator[Embedding | None]:
+    def embed(self, tokens: Sequence[int], *, pooling: str = "mean", adapter: int = -1) -> Iterator[Embedding | None]:
         """Yields None after each piece of the text but the last, then the embedding. `mean` averages the states of all
         tokens, `last` takes the last one, which alone has seen the whole text."""
         if not 0 < len(tokens) <= self._limit:
@@ -55,7 +62,7 @@ class Embedder:
         self._reserve(len(tokens))
         total_D = np.zeros(self._width, np.float64)
         for start in range(0, len(tokens), PIECE_TOKENS):
-            states_TD = self._states(tokens[start : start + PIECE_TOKENS], start)
+            states_TD = self._states(tokens[start : start + PIECE_TOKENS], start, adapter)
             if pooling == "last":
                 total_D = states_TD[-1].astype(np.float64)
             else:
@@ -73,7 +80,7 @@ class Embedder:
             config = self._plan.config
             self._plan.engine.cache(self._plan.cache_layers, cache_widths(config), self._cache_type, self._pages)
 
-    def _states(self, tokens: Sequence[int], start: int) -> Floats:
+    def _states(self, tokens: Sequence[int], start: int, adapter: int) -> Floats:
         count = len(tokens)
         out_TD = np.empty((count, self._width), np.float32)
         self._plan.engine.run(
@@ -83,5 +90,6 @@ class Embedder:
             np.arange(self._pages, dtype=np.int32)[None, :],
             np.arange(count, dtype=np.int32),
             out_TD,
+            adapter=np.full(count, adapter, np.int32) if adapter >= 0 else None,
         )
         return out_TD

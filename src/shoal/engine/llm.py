@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal import settings
+from shoal.engine.adapters import PackedAdapter, pack_adapter
 from shoal.engine.core import Core, Load
 from shoal.engine.embedding import MAX_EMBEDDING_TOKENS, Embedder
 from shoal.engine.expert_load import ExpertLoad
 from shoal.engine.generation import Generation
 from shoal.engine.grammar import Grammars
+from shoal.engine.machine import available_bytes
 from shoal.engine.outputs import Chunk, Completion, TokenLogprob
 from shoal.engine.params import SamplingParams
 from shoal.engine.routing import OnRouting
 from shoal.engine.sampler import Sampler
 from shoal.engine.sequence import Sequence as Running
-from shoal.errors import RequestError
+from shoal.errors import ConfigError, RequestError
 from shoal.formats.adapter import load_adapter, merge
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
 
@@ -29,6 +33,16 @@ DEFAULT_CACHE_TOKENS = 32768
 MAX_THREADS = 1024
 MAX_SPECULATE = 64
 SAMPLED = 16  # of so many requests one shows its routing to `expert_load`
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """An adapter beside the weights. No two ever share a salt, so pages of an unloaded one are never found again."""
+
+    number: int
+    salt: bytes
+    packed: PackedAdapter
+    path: Path
 
 
 class LLM:
@@ -45,7 +59,7 @@ class LLM:
         max_running: most requests that run at once; others wait for their turn.
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
         look_ahead: guess one token ahead with the model's own multi-token-prediction layer, if it has one; the same.
-        adapter: a PEFT folder of a LoRA, merged into the weights as they are packed.
+        adapter: a PEFT folder of a LoRA, merged into the weights as they are packed. `load_adapter` keeps LoRAs apart.
 
     Raises:
         UnknownModelError, FileError, ConfigError: the model cannot be opened, with the reason; one is that it needs
@@ -67,7 +81,6 @@ class LLM:
         speculate: int = 0,
         look_ahead: bool = False,
         adapter: str | Path | None = None,
-        _shared: Mapping[str, Any] | None = None,
     ) -> None:
         _check_range("max_context", max_context, 1, None)
         _check_range("threads", threads, 1, MAX_THREADS)
@@ -75,16 +88,13 @@ class LLM:
         _check_range("max_running", max_running, 1, None)
         _check_range("speculate", speculate, 0, MAX_SPECULATE)
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_resolve(model))
-        self._base = checkpoint
         if adapter is not None:
             checkpoint = merge(checkpoint, load_adapter(adapter))
-        self._options: dict[str, Any] = {
-            "max_context": max_context, "threads": threads, "weights": weights, "cache": cache,
-            "activations": activations, "cache_tokens": cache_tokens, "max_running": max_running,
-            "speculate": speculate, "look_ahead": look_ahead,
-        }  # fmt: skip
+        self._merged = adapter is not None
         self._checkpoint = checkpoint
-        self.beside: dict[str, LLM] = {}  # more models by name, adapted ones among them, that `step` advances too
+        self.beside: dict[str, LLM] = {}  # other models by name, which `step` advances too
+        self._adapters: dict[str, _Loaded] = {}
+        self._num_loaded = 0
         self.path = checkpoint.path
         self.name = (
             model
@@ -111,33 +121,60 @@ class LLM:
         self._core = Core(
             checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
             cache_tokens=cache_tokens, max_running=max_running, known_ids=known_ids,
-            look_ahead=look_ahead, shared=_shared,
+            look_ahead=look_ahead,
         )  # fmt: skip
 
-    def with_adapter(self, adapter: str | Path) -> LLM:
-        """The model it was opened from with a LoRA, beside this one: matrices that both have alike are held once.
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Hold a LoRA (a PEFT folder) beside the weights, in bfloat16: requests that say `adapter=name` run with it, in
+        the same steps as all others. Its memory counts in `weight_bytes`.
 
-        Each has a cache of its own. What a matrix costs anew is in `weight_bytes` of the adapted one.
+        Raises:
+            FileError: the folder is damaged, does what Shoal does not, or does not fit the model; names the part.
+            ConfigError: the name is taken, the model has an adapter merged in, or memory does not suffice.
         """
-        merged = merge(self._base, load_adapter(adapter))
-        changed = tuple(
-            name.removesuffix(".weight")
-            for name, t in merged.tensors.items()
-            if t is not self._checkpoint.tensors[name]
-        )
-        shared = {name: packed for name, packed in self._core.plan.weights.items() if not name.startswith(changed)}
-        return LLM(self._base, adapter=adapter, _shared=shared, **self._options)
+        if not name or name in self._adapters or name == self.name:
+            raise ConfigError("adapter", f"the name {name!r} is taken" if name else "needs a name")
+        if self._merged:
+            raise ConfigError("adapter", "is merged into this model; others go beside a model without one")
+        packed = pack_adapter(load_adapter(path), self._core.plan)
+        left = available_bytes()
+        if packed.nbytes > left:
+            raise ConfigError("adapter", f"{name!r} needs {packed.nbytes / 1e6:.1f} MB, {left / 1e6:.1f} are available")
+        number = self._core.add_adapter(packed)
+        self._num_loaded += 1
+        salt = hashlib.blake2b(f"adapter {self._num_loaded}".encode(), digest_size=32).digest()
+        self._adapters[name] = _Loaded(number=number, salt=salt, packed=packed, path=Path(path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Let go of an adapter and its memory. RequestError if there is none of that name or a request runs with it."""
+        if not self._core.drop_adapter(self._loaded(name).number):
+            raise RequestError("adapter", f"{name!r} is in use")
+        del self._adapters[name]
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Folders of the adapters beside the model, by name."""
+        return {name: one.path for name, one in self._adapters.items()}
+
+    def _loaded(self, name: str) -> _Loaded:
+        if name not in self._adapters:
+            known = ", ".join(map(repr, self._adapters)) or "none is loaded"
+            raise RequestError("adapter", f"{name!r} is not loaded ({known})")
+        return self._adapters[name]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of packed weights that this model holds and does not share."""
+        """Bytes of packed weights and adapters."""
         return self._core.weight_bytes
 
     # ---- whole answers
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Completion:
-        """Continue a text or a list of token ids. Raises RequestError when the prompt is empty or too long."""
-        return _collect(self.stream(prompt, params))
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Completion:
+        """Continue a text or a list of token ids, with an adapter of `load_adapter` if one is named. Raises
+        RequestError when the prompt is empty or too long."""
+        return _collect(self.stream(prompt, params, adapter=adapter))
 
     def chat(
         self,
@@ -146,15 +183,18 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> Completion:
         """Answer a conversation of `{"role": …, "content": …}` messages in the model's own chat format."""
-        return _collect(self.chat_stream(messages, params, tools=tools, options=options))
+        return _collect(self.chat_stream(messages, params, tools=tools, options=options, adapter=adapter))
 
     # ---- streams
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generator[Chunk, None, None]:
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Generator[Chunk, None, None]:
         """As `generate`, piece by piece. Arguments are checked at once; closing the generator ends the work."""
-        return self.prepare(prompt, params).chunks()
+        return self.prepare(prompt, params, adapter=adapter).chunks()
 
     def chat_stream(
         self,
@@ -163,9 +203,10 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> Generator[Chunk, None, None]:
         """As `chat`, piece by piece."""
-        return self.stream(self.encode_chat(messages, tools=tools, options=options), params)
+        return self.stream(self.encode_chat(messages, tools=tools, options=options), params, adapter=adapter)
 
     # ---- many requests from one thread, as a server runs them: prepare, start, step, take what is ready
 
@@ -176,6 +217,7 @@ class LLM:
         *,
         score: bool = False,
         generate: bool = True,
+        adapter: str | None = None,
     ) -> Generation:
         """A checked request that has not started.
 
@@ -183,8 +225,9 @@ class LLM:
             score: the first chunk carries the log-probabilities of the prompt's own tokens, with `params.logprobs` of
                 the likeliest each.
             generate: False ends after the prompt.
+            adapter: the name of a loaded one.
         """
-        sequence = self._sequence(prompt, params or SamplingParams(), generate=generate)
+        sequence = self._sequence(prompt, params or SamplingParams(), generate=generate, adapter=adapter)
         return Generation(self._core, self.tokenizer, sequence, score=score)
 
     def step(self) -> bool:
@@ -224,12 +267,12 @@ class LLM:
             raise RequestError("messages", "must hold at least one message")
         return self.chat_format.encode(self.tokenizer, messages, tools=tools, options=options)
 
-    def score(self, tokens: Sequence[int], top: int = 0) -> list[TokenLogprob]:
+    def score(self, tokens: Sequence[int], top: int = 0, *, adapter: str | None = None) -> list[TokenLogprob]:
         """The log-probability of each token after those before it, and the `top` likeliest in its place.
 
         The first token has NaN, as nothing precedes it. Memory does not grow with T × V."""
         params = SamplingParams(logprobs=top)
-        chunks = self.prepare(self._check_ids(tokens), params, score=True, generate=False).chunks()
+        chunks = self.prepare(self._check_ids(tokens), params, score=True, generate=False, adapter=adapter).chunks()
         return [entry for chunk in chunks for entry in chunk.logprobs]
 
     @property
@@ -241,21 +284,29 @@ class LLM:
         """For `/v1/embeddings`: made anew on each call, over the weights that are loaded."""
         core = self._core
         return Embedder(
-            self._checkpoint, core.plan, wide=core.wide, cache_type=core.cache_type, limit=self.max_embedding
-        )
+            self._checkpoint, core.plan, wide=core.wide, cache_type=core.cache_type, limit=self.max_embedding,
+            adapters={one.number: one.packed for one in self._adapters.values()},
+        )  # fmt: skip
 
-    def embed(self, texts: Sequence[str | Sequence[int]], *, pooling: str = "mean") -> NDArray[np.float32]:
+    def adapter_number(self, name: str | None) -> int:
+        """What `Embedder.embed` knows an adapter by; -1 for the model without one."""
+        return -1 if name is None else self._loaded(name).number
+
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], *, pooling: str = "mean", adapter: str | None = None
+    ) -> NDArray[np.float32]:
         """Float32 [texts, D], a vector of length 1 each (`engine.embedding`)."""
-        embedder = self.embedder()
+        embedder, number = self.embedder(), self.adapter_number(adapter)
         rows = []
         for text in texts:
             ids = self.tokenizer.encode(text) if isinstance(text, str) else self._check_ids(text)
-            rows += [done.vector for done in embedder.embed(ids, pooling=pooling) if done is not None]
+            found = embedder.embed(ids, pooling=pooling, adapter=number)
+            rows += [done.vector for done in found if done is not None]
         return np.array(rows, np.float32).reshape(len(rows), self.config.hidden_size)
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, tokens: Sequence[int], *, adapter: str | None = None) -> NDArray[np.float32]:
         """Float32 [T, V]: row t scores the token that follows tokens[: t + 1]."""
-        sequence = self._sequence(self._check_ids(tokens), SamplingParams(), generate=False)
+        sequence = self._sequence(self._check_ids(tokens), SamplingParams(), generate=False, adapter=adapter)
         out = np.empty((len(sequence.tokens), self.config.vocab_size), np.float32)
 
         def keep(first: int, rows: NDArray[np.float32]) -> None:
@@ -266,7 +317,10 @@ class LLM:
             pass
         return out
 
-    def _sequence(self, prompt: str | Sequence[int], params: SamplingParams, *, generate: bool) -> Running:
+    def _sequence(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, generate: bool, adapter: str | None
+    ) -> Running:
+        loaded = None if adapter is None else self._loaded(adapter)
         ids = self._prompt_ids(prompt, room=int(generate))
         budget = self.max_context - len(ids) if generate else 0
         constraint = None
@@ -277,6 +331,7 @@ class LLM:
             tokens=ids, prompt_tokens=len(ids), params=params, sampler=sampler,
             max_tokens=budget if params.max_tokens is None else min(params.max_tokens, budget), eos=self._eos,
             draft_length=self.speculate, on_routing=self._watchers(),
+            adapter=loaded.number if loaded else -1, salt=loaded.salt if loaded else b"",
         )  # fmt: skip
 
     def _watchers(self) -> list[OnRouting]:

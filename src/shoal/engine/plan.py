@@ -8,7 +8,7 @@ Letters: T tokens of a step, D model, N heads, H nope, R rope, C latent, V value
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ class Plan:
     cache_layers: int  # layers that cache: the main ones and, if it guesses ahead, one more
     looks_ahead: bool  # program 1 is the first multi-token-prediction layer
     weights: dict[str, Any]  # packed matrices by name, for another plan over the same weights
+    adaptable: dict[str, int]  # the engine's number of every matrix or stack that an adapter may add to, by module name
     weight_bytes: int = 0
     step_bytes: int = 0  # what every step of the main network reads: all but routed experts and the embedding's rows
 
@@ -54,6 +55,11 @@ class _Writer:
     weight_bytes: int = 0
     expert_bytes: int = 0  # of them, routed experts, which a step reads only in part
     buffers: dict[str, int] = field(default_factory=dict)
+    adaptable: dict[str, int] = field(default_factory=dict)
+
+    def number(self, names: list[str], first: int) -> None:
+        """Matrices of these names are the engine's `first` and those after it."""
+        self.adaptable.update({name.removesuffix(".weight"): first + i for i, name in enumerate(names)})
 
     def watch(self, names: list[str], count: int = 1) -> NDArray[np.float32] | None:
         """Where the engine is to add up what these matrices (or stacks of `count`) meet, if anybody asked for it."""
@@ -110,7 +116,6 @@ def write_plan(
     look_ahead: bool = False,
     moments: Moments | None = None,
     states_of: Plan | None = None,
-    weights: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Pack the weights and write the operations of one forward pass.
 
@@ -122,7 +127,6 @@ def write_plan(
             [count, cols + 1] to which every step adds the squares of each input column and, last, the number of inputs.
         states_of: a plan of the same checkpoint whose weights this one shares; in place of logits it gives the states
             after the final norm [T, D], exactly, as a head that is the identity does.
-        weights: packed matrices of another plan that are this one's too, by `Plan.weights`' names.
     """
     checkpoint.check_complete()
     config = checkpoint.config
@@ -133,7 +137,7 @@ def write_plan(
     engine = native.Engine(threads, wide, wide)
     out = _Writer(
         checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments,
-        weights=dict(weights or {}) if states_of is None else states_of.weights,
+        weights={} if states_of is None else states_of.weights,
     )  # fmt: skip
     hidden = out.buffer("hidden", config.hidden_size)
     table = out.matrix("model.embed_tokens.weight")
@@ -159,6 +163,7 @@ def write_plan(
         cache_layers=config.num_hidden_layers + looks_ahead,
         looks_ahead=looks_ahead,
         weights=out.weights,
+        adaptable=out.adaptable,
         weight_bytes=out.weight_bytes,
         step_bytes=step_bytes,
     )
@@ -219,18 +224,24 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
     down, down_bias = out.matrix(f"{prefix}kv_a_proj_with_mqa.weight"), out.vector(f"{prefix}kv_a_proj_with_mqa.bias")
     if mla.q_lora_rank is None:
         weights = [out.matrix(f"{prefix}q_proj.weight"), down]
-        moments = out.watch([f"{prefix}q_proj.weight", f"{prefix}kv_a_proj_with_mqa.weight"])
-        outs = [query, compressed]
-        out.engine.linear(hidden, norm, config.rms_norm_eps, weights, [None, down_bias], outs, False, moments)
+        names = [f"{prefix}q_proj.weight", f"{prefix}kv_a_proj_with_mqa.weight"]
+        moments, outs = out.watch(names), [query, compressed]
+        out.number(
+            names,
+            out.engine.linear(hidden, norm, config.rms_norm_eps, weights, [None, down_bias], outs, False, moments),
+        )
     else:
         low = out.buffer("query_low", mla.q_lora_rank)
         weights = [out.matrix(f"{prefix}q_a_proj.weight"), down]
         biases = [out.vector(f"{prefix}q_a_proj.bias"), down_bias]
-        moments = out.watch([f"{prefix}q_a_proj.weight", f"{prefix}kv_a_proj_with_mqa.weight"])
-        out.engine.linear(hidden, norm, config.rms_norm_eps, weights, biases, [low, compressed], False, moments)
-        low_norm, up = out.array(f"{prefix}q_a_layernorm.weight"), out.matrix(f"{prefix}q_b_proj.weight")
-        moments = out.watch([f"{prefix}q_b_proj.weight"])
-        out.engine.linear(low, low_norm, LATENT_NORM_EPS, [up], [None], [query], False, moments)
+        names = [f"{prefix}q_a_proj.weight", f"{prefix}kv_a_proj_with_mqa.weight"]
+        outs, moments = [low, compressed], out.watch(names)
+        out.number(
+            names, out.engine.linear(hidden, norm, config.rms_norm_eps, weights, biases, outs, False, moments)
+        )  # fmt: skip
+        low_norm, names = out.array(f"{prefix}q_a_layernorm.weight"), [f"{prefix}q_b_proj.weight"]
+        up, moments = out.matrix(names[0]), out.watch(names)
+        out.number(names, out.engine.linear(low, low_norm, LATENT_NORM_EPS, [up], [None], [query], False, moments))
     out.engine.cache_mla(
         layer, query, heads, nope, rope, latent, compressed, out.array(f"{prefix}kv_a_layernorm.weight"),
         LATENT_NORM_EPS, out.buffers["cosines"], out.buffers["sines"], config.rope.interleave,
@@ -238,12 +249,13 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
     up_keys, up_values = out.once(f"{prefix}kv_b_proj.weight", lambda: _absorbed(out, mla, f"{prefix}kv_b_proj.weight"))
     in_latent, weighted = out.buffer("query_latent", heads * latent), out.buffer("weighted", heads * latent)
     values = out.buffer("values", heads * mla.v_head_dim)
-    out.engine.head_linear(up_keys, query, 0, mla.qk_head_dim, in_latent, 0, latent)
+    keys_number = out.engine.head_linear(up_keys, query, 0, mla.qk_head_dim, in_latent, 0, latent)
     out.engine.attention(
         layer, in_latent, latent, query, nope, mla.qk_head_dim, heads, 1, latent + rope, latent, True,
         positions.softmax_scale(config.attention, config.rope), weighted,
     )  # fmt: skip
-    out.engine.head_linear(up_values, weighted, 0, latent, values, 0, mla.v_head_dim)
+    values_number = out.engine.head_linear(up_values, weighted, 0, latent, values, 0, mla.v_head_dim)
+    out.adaptable |= {f"{prefix}kv_b_proj/keys": keys_number, f"{prefix}kv_b_proj/values": values_number}
     _write_output(out, values, prefix)
 
 
@@ -269,11 +281,12 @@ def _write_gqa(out: _Writer, gqa: GQAConfig, layer: int) -> None:
     query, attended = out.buffer("query", heads * width), out.buffer("values", heads * width)
     key, value = out.buffer("key", kv_heads * width), out.buffer("value", kv_heads * width)
     names = [f"{prefix}{name}" for name in ("q_proj", "k_proj", "v_proj")]
-    out.engine.linear(
+    first = out.engine.linear(
         out.buffers["hidden"], out.array(f"model.layers.{layer}.input_layernorm.weight"), config.rms_norm_eps,
         [out.matrix(f"{name}.weight") for name in names], [out.vector(f"{name}.bias") for name in names],
         [query, key, value], False, out.watch([f"{name}.weight" for name in names]),
     )  # fmt: skip
+    out.number(names, first)
     out.engine.cache_gqa(
         layer, query, key, value, heads, kv_heads, width,
         out.vector(f"{prefix}q_norm.weight"), out.vector(f"{prefix}k_norm.weight"), config.rms_norm_eps,
@@ -300,7 +313,8 @@ def _write_gqa(out: _Writer, gqa: GQAConfig, layer: int) -> None:
 def _write_output(out: _Writer, attended: int, prefix: str) -> None:
     weight, bias = out.matrix(f"{prefix}o_proj.weight"), out.vector(f"{prefix}o_proj.bias")
     moments = out.watch([f"{prefix}o_proj.weight"])
-    out.engine.linear(attended, None, 0.0, [weight], [bias], [out.buffers["hidden"]], True, moments)
+    first = out.engine.linear(attended, None, 0.0, [weight], [bias], [out.buffers["hidden"]], True, moments)
+    out.number([f"{prefix}o_proj"], first)
 
 
 def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
@@ -309,9 +323,10 @@ def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
     hidden = out.buffers["hidden"]
     if not moe:
         dense = [out.matrix(f"{prefix}{part}.weight") for part in EXPERT_PARTS]
-        out.engine.feed_forward(
+        first = out.engine.feed_forward(
             hidden, norm, config.rms_norm_eps, dense, None, None, [], {}, _watch_mlp(out, prefix)
-        )  # fmt: skip
+        )
+        out.number([f"{prefix}{part}" for part in EXPERT_PARTS], first)
         return
     experts = config.moe
     assert experts is not None
@@ -330,12 +345,13 @@ def _write_feed_forward(out: _Writer, layer: int, *, moe: bool) -> None:
         "normalise": experts.norm_topk_prob,
         "scaling": experts.routed_scaling_factor,
     }
-    out.engine.feed_forward(
+    first = out.engine.feed_forward(
         hidden, norm, config.rms_norm_eps, shared, router, out.vector(f"{prefix}gate.e_score_correction_bias"),
         [out.matrix(f"{prefix}experts.{part}.weight") for part in EXPERT_PARTS], routing,
         [*(_watch_mlp(out, f"{prefix}shared_experts.") if shared else []),
          *_watch_mlp(out, f"{prefix}experts.", experts.n_routed_experts)],
     )  # fmt: skip
+    out.number([f"{prefix}{kind}.{part}" for kind in ("shared_experts", "experts") for part in EXPERT_PARTS], first)
 
 
 def _watch_mlp(out: _Writer, prefix: str, count: int = 1) -> list[NDArray[np.float32]]:

@@ -42,6 +42,7 @@ class Sequence:
         finish: None while it runs, then `stop` (an end-of-text token, which is not among the outputs, or the end of its
             grammar), `length`, or `error`, with `error` set.
         cancelled: nobody waits for it any more.
+        adapter: number of the adapter that it runs with, -1 for none; `salt` keeps its pages apart from others'.
     """
 
     tokens: list[int]
@@ -51,6 +52,8 @@ class Sequence:
     max_tokens: int
     eos: frozenset[int] = frozenset()
     draft_length: int = 0
+    adapter: int = -1
+    salt: bytes = b""
     ahead: tuple[int, int] | None = None  # (length of `tokens`, the model's own guess of the token that follows)
     watch: Watch | None = None
     watched: int = 0
@@ -94,7 +97,7 @@ class Sequence:
         """Key of a full page; each is computed once, as tokens never change."""
         while len(self._keys) <= index:
             start = len(self._keys) * PAGE_TOKENS
-            before = self._keys[-1] if self._keys else b""
+            before = self._keys[-1] if self._keys else self.salt
             self._keys.append(page_key(before, self.tokens[start : start + PAGE_TOKENS]))
         return self._keys[index]
 

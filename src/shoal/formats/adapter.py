@@ -192,6 +192,18 @@ def _shape_of(target: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, 
     return experts, rows * (2 if fused else 1), cols
 
 
+def own_ranks(part: LowRank) -> list[int]:
+    """The rank of each matrix of a stack without the zeros that filled it up."""
+    used_ER = np.abs(part.a).max(2) + np.abs(part.b).max(1) > 0
+    return [int(np.flatnonzero(used_R).max(initial=-1)) + 1 for used_R in used_ER]
+
+
+def single_expert(target: str) -> tuple[str, int] | None:
+    """Stack and number of a single expert's matrix as older folders name it."""
+    match = _EXPERT.fullmatch(target)
+    return (f"{match['experts']}.{match['part']}", int(match["index"])) if match else None
+
+
 def merge(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """The checkpoint with the adapter's products added to its weights, computed when they are read.
 

@@ -16,7 +16,10 @@ from shoal.kernels.arrays import checked, flat, rows_contiguous
 from shoal.kernels.reference_packed import CACHE_GROUP, KEY_BLOCK, LANES, AttendState, QuantRows
 from shoal.kernels.reference_packing import PACKINGS, PackedWeights, padded_size
 
-__all__ = ["AttendState", "PackedWeights", "QuantRows", "attend", "matmul_f", "matmul_q", "quantize_rows", "widen_rows"]
+__all__ = [
+    "AttendState", "PackedWeights", "QuantRows", "attend", "lora_expand", "lora_shrink", "matmul_f", "matmul_q",
+    "quantize_rows", "widen_rows",
+]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
 
@@ -81,6 +84,44 @@ def matmul_f(weights: PackedWeights, x_TC: F32, onto: F32 | None = None) -> F32:
     else:
         rows = x_TC.copy() if np.may_share_memory(x_TC, y) else flat(x_TC)
         native.matmul_f(PACKINGS.index(weights.packing), weights.tiles, rows, y, onto is not None)
+    return y
+
+
+BF16 = npt.NDArray[ml_dtypes.bfloat16]
+
+
+def lora_shrink(x_TC: F32, a_RC: BF16, scale: float) -> F32:
+    """scale · x Aᵀ [T, R], the first half of what a low-rank adapter adds (arXiv 2106.09685).
+
+    Raises:
+        ValueError: sizes that do not agree.
+    """
+    _matrix("x", x_TC)
+    if a_RC.shape != (a_RC.shape[0], x_TC.shape[1]):
+        raise ValueError(f"a: shape {a_RC.shape}, expected {x_TC.shape[1]} columns")
+    native = extension.load()
+    if native is None:
+        return reference.lora_shrink(x_TC, a_RC, scale)
+    low = np.empty((x_TC.shape[0], a_RC.shape[0]), np.float32)
+    native.lora_shrink(flat(x_TC), np.ascontiguousarray(a_RC).view(np.uint16), scale, low)
+    return low
+
+
+def lora_expand(low_TR: F32, b_RO: BF16, onto: F32) -> F32:
+    """low Bᵀ added to `onto` [T, O], in place; b is B transposed. The second half.
+
+    Raises:
+        ValueError: sizes that do not agree.
+    """
+    _matrix("low", low_TR)
+    y = _output(onto, (low_TR.shape[0], b_RO.shape[1]))
+    if b_RO.shape[0] != low_TR.shape[1]:
+        raise ValueError(f"b: {b_RO.shape[0]} rows, expected {low_TR.shape[1]}")
+    native = extension.load()
+    if native is None:
+        y[...] = reference.lora_expand(low_TR, b_RO, onto)
+    else:
+        native.lora_expand(np.ascontiguousarray(low_TR), b_RO.view(np.uint16), y)
     return y
 
 

@@ -122,6 +122,18 @@ def matmul_f(weights: PackedWeights, x_TC: F32, onto: F32 | None = None) -> F32:
     return rounded
 
 
+def lora_shrink(x_TC: F32, a_RC: npt.NDArray[ml_dtypes.bfloat16], scale: float) -> F32:
+    """scale · x Aᵀ [T, R] for the R directions of a low-rank adapter."""
+    y: F32 = (scale * (x_TC.astype(np.float64) @ a_RC.astype(np.float64).T)).astype(np.float32)
+    return y
+
+
+def lora_expand(low_TR: F32, b_RO: npt.NDArray[ml_dtypes.bfloat16], onto: F32) -> F32:
+    """onto + low Bᵀ [T, O]; b is B transposed."""
+    y: F32 = (onto + low_TR.astype(np.float64) @ b_RO.astype(np.float64)).astype(np.float32)
+    return y
+
+
 def widen_rows(stored_SB: Bytes, width: int) -> npt.NDArray[ml_dtypes.bfloat16]:
     """Cached int8 rows to bfloat16 [S, width]: a row is `width` codes, padded to 4 bytes, and a float32 scale for every
     64 of them. Each value is code · scale in float32, rounded once more."""

@@ -142,7 +142,9 @@ async def openapi(request: Request) -> Response:
 
 
 def _model_card(service: Service, name: str) -> dict[str, object]:
+    """As vLLM shows them, an adapter with its model as `parent`; but `root` is a name, not a path of this machine."""
     card: dict[str, object] = {"id": name, "object": "model", "created": service.created, "owned_by": "shoal"}
+    card["root"] = name
     if name in service.adapters:
         card["parent"] = service.name
     if service.worker.state == "ready":

@@ -10,31 +10,33 @@ from shoal.engine.embedding import Embedder, Embedding
 
 
 class EmbeddingQueue:
-    """The one embedder of a server, made when first wanted, and the jobs that take turns at it, the oldest first."""
+    """The one embedder of each model, made when first wanted, and the jobs that take turns at it, the oldest first."""
 
     def __init__(self) -> None:
         self.jobs: list[EmbeddingJob] = []
-        self._embedder: Embedder | None = None
+        self._embedders: dict[str, Embedder] = {}
 
     def embedder(self, llm: LLM) -> Embedder:
-        if self._embedder is None:
-            self._embedder = llm.embedder()
-        return self._embedder
+        if llm.name not in self._embedders:
+            self._embedders[llm.name] = llm.embedder()
+        return self._embedders[llm.name]
 
 
 class EmbeddingJob:
     """The texts of one request: `worker.Work`, of which the engine's thread reads a piece between its steps."""
 
-    def __init__(self, queue: EmbeddingQueue, llm: LLM, texts: list[list[int]], pooling: str) -> None:
+    def __init__(
+        self, queue: EmbeddingQueue, llm: LLM, texts: list[list[int]], pooling: str, adapter: str | None = None
+    ) -> None:
         self.done = False
         self._queue = queue
-        self._work = self._read(llm, texts, pooling)
+        self._work = self._read(llm, texts, pooling, adapter)
 
-    def _read(self, llm: LLM, texts: list[list[int]], pooling: str) -> Iterator[list[Embedding]]:
+    def _read(self, llm: LLM, texts: list[list[int]], pooling: str, adapter: str | None) -> Iterator[list[Embedding]]:
         """Empty after each piece, everything at the end."""
-        embedder, found = self._queue.embedder(llm), []
+        embedder, number, found = self._queue.embedder(llm), llm.adapter_number(adapter), []
         for ids in texts:
-            for embedding in embedder.embed(ids, pooling=pooling):
+            for embedding in embedder.embed(ids, pooling=pooling, adapter=number):
                 if embedding is not None:
                     found.append(embedding)
                 if len(found) < len(texts):

@@ -84,7 +84,7 @@ def _prepare(service: Service, llm: LLM, body: ChatRequest) -> _Plan:
                 llm.generation, max_tokens=body.token_limit, logprobs=body.num_logprobs, choice=choice,
                 grammar=grammar, grammar_after=after,
             )  # fmt: skip
-            generations.append(llm.prepare(ids, params))
+            generations.append(llm.prepare(ids, params, adapter=service.adapter_of(body.model)))
     return _Plan(generations=generations, in_reasoning=in_reasoning, syntax=syntax)
 
 

@@ -65,7 +65,11 @@ def _prepare(service: Service, llm: LLM, body: CompletionRequest) -> tuple[list[
                 grammar=grammar,
             )  # fmt: skip
             with naming({"grammar": constraint[0]} if constraint else {}):
-                generations.append(llm.prepare(ids, params, score=score, generate=body.max_tokens != 0))
+                generations.append(
+                    llm.prepare(
+                        ids, params, score=score, generate=body.max_tokens != 0, adapter=service.adapter_of(body.model)
+                    )
+                )
             echoes.append(echo)
     return generations, echoes
 

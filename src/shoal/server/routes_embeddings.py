@@ -29,7 +29,9 @@ async def embeddings(request: Request) -> Response:
     service = service_of(request)
     llm = service.engine_for(body.model)
     texts = await anyio.to_thread.run_sync(_prepare, llm, body)
-    results = service.worker.submit([EmbeddingJob(service.embeddings, llm, texts, body.pooling)])
+    results = service.worker.submit(
+        [EmbeddingJob(service.embeddings, llm, texts, body.pooling, service.adapter_of(body.model))]
+    )
     found: list[Embedding] = []
 
     def add(piece: Piece) -> None:

@@ -67,8 +67,8 @@ def serve(
 
     The socket answers (503) while the model loads. A second SIGINT ends at once. `on_start` is called when signals are
     handled and the loading begins, `on_ready` (on another thread) when it is done. `parallel`, `max_queue` and
-    `request_seconds` are those of `EngineWorker`; `adapters` and `code` are names in `LLM.beside`: adapted models, and
-    one that fills gaps. A server on a loopback address answers to loopback names only.
+    `request_seconds` are those of `EngineWorker`; `adapters` are those of the model, `code` is the name in `LLM.beside`
+    of one that fills gaps. A server on a loopback address answers to loopback names only.
 
     Returns:
         False if the engine's thread could not be stopped because it is still loading. It is a daemon, but Python cannot

@@ -34,8 +34,8 @@ class Service:
 
     name: str
     worker: EngineWorker
-    adapters: tuple[str, ...] = ()  # names in `LLM.beside` that a request may ask for instead
-    code: str | None = None  # one more, of a model that fills gaps for those who name no model
+    adapters: tuple[str, ...] = ()  # of the engine, that a request may ask for instead of the model
+    code: str | None = None  # a model in `LLM.beside` that fills gaps for those who name no model
     price_per_hour: float | None = None  # of the machine, in US dollars
     embeddings: EmbeddingQueue = field(default_factory=EmbeddingQueue)
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
@@ -59,7 +59,11 @@ class Service:
     def engine_for(self, model: str | None) -> LLM:
         self.check_model(model)
         llm = self.worker.engine()
-        return llm if model in (None, self.name) else llm.beside[str(model)]
+        return llm.beside[self.code] if model is not None and model == self.code else llm
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a request's `model` asks for, if it is one."""
+        return model if model in self.adapters else None
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model not in self.names:

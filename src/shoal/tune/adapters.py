@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.errors import ConfigError
-from shoal.formats.adapter import Adapter, LowRank
+from shoal.formats.adapter import Adapter, LowRank, own_ranks
 from shoal.model.model import Model
 from shoal.model.moe import Experts, MoE, Routing, StackedLinear, in_expert_order
 from shoal.tune.frozen import FrozenMatrix
@@ -221,7 +221,7 @@ def attach_adapter(model: Model, adapter: Adapter) -> dict[str, Factors]:
     Raises:
         ConfigError: it does not fit the model (`formats.adapter.check_adapter` says it of a file).
     """
-    out = attach(model, {target: tuple(_own_ranks(part)) for target, part in adapter.parts.items()})
+    out = attach(model, {target: tuple(own_ranks(part)) for target, part in adapter.parts.items()})
     with torch.no_grad():
         for target, factors in out.items():
             part = adapter.parts[target]
@@ -230,9 +230,3 @@ def attach_adapter(model: Model, adapter: Adapter) -> dict[str, Factors]:
                 factors.a[factors.slice(expert)] = torch.from_numpy(np.array(part.a[expert, :own]))
                 factors.b[:, factors.slice(expert)] = torch.from_numpy(np.array(part.b[expert, :, :own]))
     return out
-
-
-def _own_ranks(part: LowRank) -> list[int]:
-    """The rank of each matrix without the zeros that filled it up."""
-    used_ER = np.abs(part.a).max(2) + np.abs(part.b).max(1) > 0
-    return [int(np.flatnonzero(used_R).max(initial=-1)) + 1 for used_R in used_ER]
