@@ -60,8 +60,9 @@ def learn(texts: Iterator[str], size: int = VOCABULARY) -> Tokenizer:
     tokenizer_json.check(data, Path("tokenizer.json"))
     ids = {marker: MARKERS.index(marker) for marker in MARKERS}
     return Tokenizer(
-        data, "tokenizer.json", bos_token_id=ids[BOS], eos_token_ids=[ids[EOS]], pad_token_id=ids[PAD], add_bos=True
-    )
+        data, "tokenizer.json", bos_token_id=ids[BOS], eos_token_ids=[ids[EOS]], pad_token_id=ids[PAD], add_bos=True,
+        fim_order="spm",
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -415,9 +415,9 @@ def test_prompts_hold_both_sides_of_the_gap(tokenizer):
     assert len(plain) == 64 and plain[0] == 0 and tokenizer.decode(plain).endswith("a = 1\n")
     ids = cases.prompt_ids(asked, tokenizer, 64, with_suffix=True)
     begin, hole, end = (tokenizer.token_id(m) for m in (vocabulary.FIM_BEGIN, vocabulary.FIM_HOLE, vocabulary.FIM_END))
-    assert len(ids) == 64 and ids[:2] == [0, begin] and ids[-1] == end
-    at = ids.index(hole)
-    assert tokenizer.decode(ids[:at]).endswith("a = 1\n") and tokenizer.decode(ids[at:]).startswith("\nb = 2")
+    assert len(ids) == 64 and ids[:3] == [0, begin, hole]
+    at = ids.index(end)
+    assert tokenizer.decode(ids[:at]).startswith("\nb = 2") and tokenizer.decode(ids[at:]).endswith("a = 1\n")
 
 
 @pytest.mark.parametrize(
