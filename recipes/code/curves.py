@@ -1,10 +1,9 @@
 """Held-out loss of the two runs by operations and by processor time, and what the twin needs for the same loss.
 
-    python recipes/code/curves.py --code RUN --twin RUN [--shipped RUN] --out recipes/code/results
+    python recipes/code/curves.py --code RUN --twin RUN --out recipes/code/results
 
-writes code.csv, twin.csv and shipped.csv (a line a step), and curves.svg. The shipped model went on after the
-comparison. Operations are those of the mathematics (`flops` in the log), MTP included while it learns. Time is the
-processor's: the clock also counts what else a machine did.
+writes code.csv and twin.csv (a line a step), and curves.svg. Operations are those of the mathematics (`flops` in the
+log), MTP included while it learns. Time is the processor's: the clock also counts what else a machine did.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from shoal.data.charts import Point, line_chart, text
 COLUMNS = ("step", "tokens", "flops", "cpu_seconds", "loss", "val_loss", "mtp", "lr", "max_vio", "dead_experts")
 STYLE = (
     "<style>text{font:12px sans-serif;fill:#555}.grid{stroke:#ddd}.line{fill:none;stroke-width:2}"
-    ".stroke0{stroke:#0b6e99}.fill0{fill:#0b6e99}.stroke1{stroke:#c2571a}.fill1{fill:#c2571a}"
-    ".stroke2{stroke:#5b8c2a}.fill2{fill:#5b8c2a}</style>"
+    ".stroke0{stroke:#0b6e99}.fill0{fill:#0b6e99}.stroke1{stroke:#c2571a}.fill1{fill:#c2571a}</style>"
     '<rect width="100%" height="100%" fill="#fff"/>'
 )
 
@@ -106,17 +104,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--code", type=Path, required=True)
     parser.add_argument("--twin", type=Path)
-    parser.add_argument("--shipped", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     curves: dict[str, Curve] = {}
-    for name, run in (("code", options.code), ("twin", options.twin), ("shipped", options.shipped)):
+    for name, run in (("code", options.code), ("twin", options.twin)):
         if run is None:
             continue
         records = read_log(run)
-        if name == "shipped":  # what came after
-            records = [record for record in records if record["flops"] >= curves["code"][-1].flops]
         curves[name] = curve(records)
         with (options.out / f"{name}.csv").open("w", newline="") as file:
             rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, trainers
+from tokenizers import decoders, models, processors, trainers
 
 from shoal.formats import tokenizer_json
 from shoal.formats.gguf_pretokenizers import PRE_TOKENIZERS, to_json
@@ -47,6 +47,7 @@ def learn(texts: Iterator[str], size: int = VOCABULARY) -> Tokenizer:
     blank = json.loads(model.to_str())
     model = tokenizers.Tokenizer.from_str(json.dumps(blank | {"pre_tokenizer": json.loads(pre)}))
     model.decoder = decoders.ByteLevel()
+    model.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, MARKERS.index(BOS))])
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=2,

@@ -30,7 +30,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 @pytest.fixture(scope="module")
 def exact() -> LLM:
     """Without rounding of its own: what others compute from the same file."""
-    return LLM("code", weights="f32", threads=2)
+    return LLM("code", weights="f32", cache="f32", threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,22 @@ def test_rounding_changes_little(exact):
     assert abs(one - two) < 0.02
 
 
-def test_a_gap_ends_by_itself():
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "line"),
+    [
+        ("import logging\n\nlogger = logging.get", "\n\n\ndef main():\n    logger.info('x')\n", "Logger(__name__)"),
+        (
+            "def load(self, key, default=None):\n    try:\n        return self._data[key]\n    except Key",
+            "\n        return default\n",
+            "Error:",
+        ),
+    ],
+)
+def test_it_fills_gaps_that_everybody_would_fill_alike(prefix, suffix, line):
     llm = LLM("code")
-    prefix, suffix = "def area(width, height):\n    return ", "\n\n\nprint(area(2, 3))\n"
     ids = fim_prompt(llm.tokenizer, *(llm.tokenizer.encode(text, add_bos=False) for text in (prefix, suffix)))
     assert ids is not None
-    done = llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=64))
-    assert done.finish_reason == "stop" and done.text.strip()
+    assert llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=16, stop=("\n",))).text == line
 
 
 def test_llama_cpp_writes_the_same(expected, tmp_path: Path):
@@ -82,7 +91,7 @@ def test_llama_cpp_writes_the_same(expected, tmp_path: Path):
     params.model.path, params.n_ctx, params.warmup = str(tmp_path / "code.gguf"), 256, False
     params.n_parallel, params.cpuparams.n_threads = 1, 2
     server = xllamacpp.Server(params)
-    llm = LLM(tmp_path / "code.gguf", weights="f32", threads=2)
+    llm = LLM(tmp_path / "code.gguf", weights="f32", cache="f32", threads=2)
     for prompt, ids in zip(PROMPTS, expected, strict=True):
         body = {"prompt": llm.tokenizer.encode(prompt), "n_predict": 16, "temperature": 0, "return_tokens": True}
         answer = server.handle_completions({**body, "cache_prompt": False})
