@@ -11,6 +11,7 @@ namespace {
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr long kHiddenTiles = 2;  // 32 rows of gate and of up at a time
 constexpr long kMaxExpertTiles = 8;
+constexpr long kOwnChoices = 8;
 
 PackedMatrix expert_of(const PackedMatrix& first, long expert) {
     PackedMatrix matrix = first;
@@ -80,10 +81,10 @@ void FeedForward::last_routing(long tokens, int32_t* experts_out, float* weights
 }
 
 // In slots tokens keep their order: a token's experts add up in the same order always.
-void FeedForward::group_slots(Slots& s, long tokens) const {
+void FeedForward::group_slots(const Slots& picks, Slots& s, long tokens) const {
     s.offset.assign(experts + 1, 0);
     s.used.clear();
-    for (long i = 0; i < tokens * active; ++i) ++s.offset[s.chosen[i] + 1];
+    for (long i = 0; i < tokens * active; ++i) ++s.offset[picks.chosen[i] + 1];
     s.quant_row.assign(experts + 1, 0);
     for (long e = 0; e < experts; ++e) {
         const long count = s.offset[e + 1];
@@ -95,9 +96,9 @@ void FeedForward::group_slots(Slots& s, long tokens) const {
     s.factor.resize(tokens * active);
     std::vector<long> at(s.offset.begin(), s.offset.end() - 1);
     for (long i = 0; i < tokens * active; ++i) {
-        const long slot = at[s.chosen[i]]++;
+        const long slot = at[picks.chosen[i]]++;
         s.token[slot] = int32_t(i / active);
-        s.factor[slot] = s.weight[i];
+        s.factor[slot] = picks.weight[i];
     }
 }
 
@@ -142,9 +143,13 @@ void FeedForward::down_tiles(const Worker& worker, const Slots* s, long first, l
     }
 }
 
+bool FeedForward::quantises_input() const {
+    return (has_dense && gate.quantised()) || (experts && expert_gate.quantised());
+}
+
 void FeedForward::reserve(Engine& engine, const Step& step) {
-    reserve_input(engine, step, shared, input, has_dense && gate.quantised());
-    const long tokens = step.tokens, cols = engine.buffer_cols(input.buffer);
+    reserve_input(engine, step, shared, input, quantises_input());
+    const long tokens = step.tokens;
     if (has_dense) {
         dense_hidden.array<float>(tokens * gate.rows);
         if (down.quantised()) dense_quant.reserve(tokens, gate.rows, input.wide);
@@ -163,17 +168,16 @@ void FeedForward::reserve(Engine& engine, const Step& step) {
         s.chosen.resize(tokens * active);
         s.weight.resize(tokens * active);
     }
+    if (!pieces_done) pieces_done = std::make_unique<std::atomic<long>[]>(experts);
+    for (long e = 0; e < experts; ++e) pieces_done[e].store(0, std::memory_order_relaxed);
     // Every used expert may pad its rows to a multiple of four.
     const long rows = tokens * active + 4 * std::min(experts, tokens * active);
-    if (expert_gate.quantised()) gathered.reserve(rows, cols, wide_experts);
     if (expert_down.quantised()) hidden_quant.reserve(rows, expert_gate.rows, wide_experts);
 }
 
 void FeedForward::run(const Worker& worker) {
     const long tokens = worker.step.tokens, cols = worker.engine.buffer_cols(input.buffer);
-    const bool one = tokens == 1;
-    const bool quantised = (has_dense && gate.quantised()) || (one && experts && expert_gate.quantised());
-    const Prepared x = prepare(worker, shared, input, quantised, 0);
+    const Prepared x = prepare(worker, shared, input, quantises_input(), 0);
     float* dense_rows = dense_hidden.array<float>(0);
     const long dense_width = has_dense ? gate.rows : 0, router_tiles = experts ? router.tiles() : 0;
     const long pieces = has_dense ? (gate.tiles() + kHiddenTiles - 1) / kHiddenTiles : 0;
@@ -199,15 +203,20 @@ void FeedForward::run(const Worker& worker) {
     if (worker.member == 0 && moments) add_moments(x.rows, x.stride, tokens, cols, moments);
     if (worker.member == 0 && hidden_moments && has_dense)
         add_moments(dense_rows, dense_width, tokens, dense_width, hidden_moments);
+    Prepared dense{dense_rows, dense_width, {}, lanes_for(tokens), tokens, dense_width};
+    auto quantise_dense = [&] {
+        if (has_dense && down.quantised())
+            dense.quant = quantise_dense_hidden(worker, dense_rows, dense_width, dense.lanes);
+    };
+    // Of many tokens before the experts, which wait for each other anyway; of few after them, in the place of x.
+    if (tokens > kPrivateTokens) quantise_dense();
     WideRows routed{};
-    Slots* s = experts ? &slots[one ? worker.member : 0] : nullptr;
+    Slots* s = experts ? &slots[worker.member] : nullptr;
     if (s) {
         choose_experts(worker, *s);
         routed = run_experts(worker, *s, x);
     }
-    Prepared dense{dense_rows, dense_width, {}, lanes_for(tokens), tokens, dense_width};
-    if (has_dense && down.quantised())
-        dense.quant = quantise_dense_hidden(worker, dense_rows, dense_width, dense.lanes);
+    if (tokens <= kPrivateTokens) quantise_dense();
     const float* low = shrink_hidden(worker, s);
     const long tiles = (cols + kTileRows - 1) / kTileRows;
     float* out = worker.engine.buffer(input.buffer, tokens);
@@ -215,27 +224,27 @@ void FeedForward::run(const Worker& worker) {
         down_tiles(worker, s, first, last, out, dense, routed, low);
 }
 
+// Every member sorts the slots for itself, and chooses for itself if the tokens are few: it takes less than to wait.
 void FeedForward::choose_experts(const Worker& worker, Slots& s) {
     const long tokens = worker.step.tokens;
     const float* scores = logits.array<float>(0);
     long first, last;
+    Slots& picks = tokens > kOwnChoices ? slots[0] : s;
     auto choose = [&](long from, long to) {
-        for (long t = from; t < to; ++t) route(scores + t * experts, &s.chosen[t * active], &s.weight[t * active]);
+        for (long t = from; t < to; ++t)
+            route(scores + t * experts, &picks.chosen[t * active], &picks.weight[t * active]);
     };
-    if (tokens > 8) {
+    if (tokens > kOwnChoices) {
         while (worker.next(2, tokens, 8, first, last)) choose(first, last);
         worker.barrier();
+    } else {
+        choose(0, tokens);
     }
-    const bool shared = tokens > 1;
-    if (worker.member == 0 || !shared) {
-        if (tokens <= 8) choose(0, tokens);
-        group_slots(s, tokens);
-    }
+    group_slots(picks, s, tokens);
     if (worker.member == 0) expert_reads += s.used.size();
-    if (shared) worker.barrier();
 }
 
-// The always-used MLP's hidden rows in int8; ends with a barrier if shared out.
+// The always-used MLP's hidden rows in int8, complete after the next barrier.
 WideRows FeedForward::quantise_dense_hidden(const Worker& worker, const float* rows, long width, long lanes) {
     const long tokens = worker.step.tokens;
     if (tokens <= kPrivateTokens)
@@ -246,23 +255,42 @@ WideRows FeedForward::quantise_dense_hidden(const Worker& worker, const float* r
         const long t = first * 4;
         quantise_block(worker, out, t, rows + t * width, width, std::min(4L, tokens - t), width, lanes);
     }
-    worker.barrier();
+    if (!experts) worker.barrier();  // else run_experts has one before they are needed
     return out;
 }
 
-// One expert's rows in int8: gathered by token, or its own slots.
-void FeedForward::quantise_expert(const Worker& worker, const Slots& s, long expert, const WideRows& into, long cols,
-                                  const float* rows, long stride, bool by_token) const {
+// One expert's hidden rows in int8.
+void FeedForward::quantise_expert(const Worker& worker, const Slots& s, long expert, const WideRows& into,
+                                  const float* rows, long width) const {
     const long count = s.count(expert);
-    const float* pointers[4];
-    for (long i = 0; i < count; i += 4) {
-        const long n = std::min(4L, count - i);
-        for (long j = 0; j < n; ++j) {
-            const long slot = s.offset[expert] + i + j;
-            pointers[j] = rows + (by_token ? s.token[slot] : slot) * stride;
+    for (long i = 0; i < count; i += 4)
+        quantise_block(worker, into, s.quant_row[expert] + i, rows + (s.offset[expert] + i) * width, width,
+                       std::min(4L, count - i), width, lanes_for(count));
+}
+
+// One expert's rows out of those of all tokens, which stand four by four, in memory of this member. What stands in the
+// place of rows that fill up the last four does not matter: nothing looks at their products.
+WideRows FeedForward::gather_expert(const Worker& worker, const Slots& s, long expert, const WideRows& from,
+                                    long cols) const {
+    const long count = s.count(expert), lanes = lanes_for(count), groups = round_up(cols, kBlockCols) / kGroup;
+    const WideRows out = worker.engine.quant(worker.member, 1).reserve(count, cols, wide_experts);
+    auto copy = [&](const QuantRows& all, const QuantRows& some) {
+        for (long i = 0; i < count; ++i) {
+            const long token = s.token[s.offset[expert] + i], at = token / 4 * 4 * groups, from_lane = token % 4;
+            const long to = i / lanes * lanes * groups, lane = i % lanes;
+            const int8_t* codes = all.codes + at * kGroup + from_lane * 4;
+            int8_t* to_codes = const_cast<int8_t*>(some.codes) + to * kGroup + lane * 4;
+            for (long word = 0; word < groups * kGroup / 4; ++word)
+                std::memcpy(to_codes + word * lanes * 4, codes + word * 16, 4);
+            for (long g = 0; g < groups; ++g) {
+                const_cast<float*>(some.scales)[to + g * lanes + lane] = all.scales[at + g * 4 + from_lane];
+                const_cast<int32_t*>(some.sums)[to + g * lanes + lane] = all.sums[at + g * 4 + from_lane];
+            }
         }
-        quantise_block(worker, into, s.quant_row[expert] + i, pointers, n, cols, lanes_for(count));
-    }
+    };
+    copy(from.high, out.high);
+    if (wide_experts) copy(from.low, out.low);
+    return out;
 }
 
 // What each used expert met and made; its hidden rows must be complete.
@@ -281,13 +309,10 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
     const long cols = x.cols, width = expert_gate.rows, tokens = worker.step.tokens, count_used = long(s.used.size());
     const bool quantised = expert_gate.quantised(), one = tokens == 1;
     float* rows = hidden.array<float>(0);
-    const WideRows in = quantised && !one ? gathered.reserve(s.quant_row[experts], cols, wide_experts) : WideRows{};
-    long first, last;
-    if (quantised && !one) {
-        while (worker.next(3, count_used, 1, first, last))
-            quantise_expert(worker, s, s.used[first], in, cols, x.rows, x.stride, true);
-        worker.barrier();
-    }
+    const bool own_out = one || !expert_down.quantised();  // a lone token's few rows every member quantises for itself
+    const WideRows out = own_out ? WideRows{} : hidden_quant.reserve(s.quant_row[experts], width, wide_experts);
+    long first, last, gathered = -1;
+    WideRows in{};
     const float* low = shrink_experts(worker, s, x);
     const long pieces = (expert_gate.tiles() + kHiddenTiles - 1) / kHiddenTiles;
     const long grain = one ? 1 : std::min(pieces, kMaxExpertTiles / kHiddenTiles);
@@ -296,7 +321,9 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
             const long e = s.used[piece / pieces], tile = piece % pieces * kHiddenTiles, count = s.count(e);
             Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
             if (!one && quantised) {
-                part.quant = in.from_row(s.quant_row[e], cols);
+                if (gathered != e) in = gather_expert(worker, s, e, x.quant, cols);
+                gathered = e;
+                part.quant = in;
                 part.lanes = lanes_for(count);
             } else if (!one) {  // float weights meet the rows themselves, gathered
                 float* copy = worker.engine.scratch(worker.member, 6).array<float>(count * cols);
@@ -314,21 +341,16 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
             };
             hidden_chunk(worker, expert_of(expert_gate, e), expert_of(expert_up, e), part, tile,
                          std::min(tile + kHiddenTiles, expert_gate.tiles()), rows + s.offset[e] * width, width, add);
+            if (!own_out && pieces_done[e].fetch_add(1, std::memory_order_acq_rel) + 1 == pieces)
+                quantise_expert(worker, s, e, out, rows, width);
         }
     }
     worker.barrier();
     if (expert_moments && worker.member == 0) count_experts(s, x);
-    if (!expert_down.quantised()) return {};
-    if (one) {  // a few rows: every member quantises them for itself
-        const WideRows out = worker.engine.quant(worker.member, 1).reserve(s.quant_row[experts], width, wide_experts);
-        for (const long e : s.used) quantise_expert(worker, s, e, out, width, rows, width, false);
-        return out;
-    }
-    const WideRows out = hidden_quant.reserve(s.quant_row[experts], width, wide_experts);
-    while (worker.next(5, count_used, 1, first, last))
-        quantise_expert(worker, s, s.used[first], out, width, rows, width, false);
-    worker.barrier();
-    return out;
+    if (!one || !expert_down.quantised()) return out;
+    const WideRows own = worker.engine.quant(worker.member, 1).reserve(s.quant_row[experts], width, wide_experts);
+    for (const long e : s.used) quantise_expert(worker, s, e, own, rows, width);
+    return own;
 }
 
 // ---- what adapters add

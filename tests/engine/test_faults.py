@@ -157,7 +157,7 @@ def test_a_long_prompt_can_be_given_up_by_another_thread(llm: LLM) -> None:
 
 def test_a_failure_in_choosing_fails_that_request_only(llm: LLM, expected: tuple[int, ...]) -> None:
     class Broken:
-        def choose(self, logits: np.ndarray) -> int:
+        def choose(self, logits: np.ndarray, best: int) -> int:
             raise ZeroDivisionError("broken")
 
     bad, good = llm.prepare(PROMPT, SAMPLED), llm.prepare(PROMPT, SAMPLED)
@@ -191,9 +191,9 @@ def test_a_bias_that_meets_an_impossible_token_fails_that_request_only(llm: LLM,
     banned = dict.fromkeys(range(96), -100.0)
     bad = llm.prepare(PROMPT, SamplingParams(logit_bias=banned))
     rows = llm._core._choose
-    llm._core._choose = lambda sequence, draft, logits: rows(  # type: ignore[method-assign]
+    llm._core._choose = lambda sequence, draft, logits, best: rows(  # type: ignore[method-assign]
         sequence, draft, np.where(np.arange(97) == 96, -math.inf, logits).astype(np.float32)
-        if sequence is bad._sequence else logits,
+        if sequence is bad._sequence else logits, best,
     )  # fmt: skip
     with pytest.raises(RequestError, match="logit_bias"):
         list(bad.chunks())

@@ -80,6 +80,10 @@ class FakeGeneration:
         self._error: Exception | None = None
         self.started_by: str | None = None
 
+    @property
+    def settled(self) -> bool:
+        return True
+
     def start(self) -> None:
         self.started_by = threading.current_thread().name
         if not self.done:

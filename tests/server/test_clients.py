@@ -59,8 +59,9 @@ def test_litellm(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
         litellm.completion(**options, temperature=-1)
 
 
-def test_langchain(server: Running) -> None:
+def test_langchain(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     module = pytest.importorskip("langchain_openai")
+    monkeypatch.setattr(server.llm, "max_context", 1000)  # tools are described in words
     chat = module.ChatOpenAI(model="fake", base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     answer = chat.invoke("Hi")
     assert (answer.content, answer.usage_metadata["output_tokens"]) == (REPLY, 13)

@@ -124,10 +124,10 @@ def test_a_request_that_fails_late_is_an_event_of_its_own_stream_only(served: tu
     box, llm = served
     choose = llm._core._choose
 
-    def failing(sequence: Any, draft: Any, rows: Any) -> int:
+    def failing(sequence: Any, draft: Any, rows: Any, best: list[int]) -> int:
         if sequence.max_tokens == 77 and sequence.produced >= 3:
             raise MemoryError
-        return choose(sequence, draft, rows)
+        return choose(sequence, draft, rows, best)
 
     llm._core._choose = failing  # type: ignore[method-assign]
     body = {"prompt": prompt(20), "stream": True, "ignore_eos": True}

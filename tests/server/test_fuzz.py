@@ -39,6 +39,11 @@ SOUND: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def test_every_route_that_takes_a_body_is_here(server: Running) -> None:
+    document = server.http.get("/openapi.json").json()
+    assert {path for path, methods in document["paths"].items() if "post" in methods} == set(SOUND)
+
+
 @pytest.mark.parametrize("path", SOUND)
 def test_any_field_may_hold_anything(server: Running, path: str) -> None:
     sound = SOUND[path]

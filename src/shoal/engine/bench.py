@@ -135,8 +135,8 @@ class _Dice(Sampler):
         self._dice = rng
         self._sides = vocab_size
 
-    def choose(self, logits_V: NDArray[np.float32]) -> int:
-        super().choose(logits_V)
+    def choose(self, logits_V: NDArray[np.float32], best: int | None = None) -> int:
+        super().choose(logits_V, best)
         return int(self._dice.integers(self._sides))
 
 

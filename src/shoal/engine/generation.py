@@ -42,6 +42,11 @@ class Generation:
             sequence.watch = self._watch
             self._scores.append(self._logprob(Produced(token=sequence.tokens[0], logprob=math.nan)))
 
+    @property
+    def settled(self) -> bool:
+        """Whether `ready` may bring the last chunk: the engine is done, or a stop string may be among the text."""
+        return self._sequence.finish is not None or bool(self._sequence.params.stop) or self.done
+
     def start(self) -> None:
         """Hand the request to the engine, which runs it at its next steps."""
         self._core.submit(self._sequence)

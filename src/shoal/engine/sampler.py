@@ -46,15 +46,17 @@ class Sampler:
         """Whether the text is complete by its grammar."""
         return self._constraint is not None and self._constraint.finished
 
-    def choose(self, logits_V: Floats) -> int:
-        """Draw one token. `logits_V` is float32 [V] and left unchanged; −inf marks tokens that may not be chosen.
+    def choose(self, logits_V: Floats, best: int | None = None) -> int:
+        """Draw one token. `logits_V` is float32 [V] and left unchanged; −inf marks tokens that may not be chosen;
+        `best` is the place of its largest value, if known.
 
         Raises:
             RequestError: the request's own bias or grammar leaves no token to choose.
             ShoalError: the logits are not numbers, or all −inf.
         """
         adjusted_V = self._adjust(logits_V)
-        best = int(adjusted_V.argmax())  # the first NaN if there is one
+        if best is None or adjusted_V is not logits_V:
+            best = int(adjusted_V.argmax())  # the first NaN if there is one
         if not math.isfinite(adjusted_V[best]):
             raise self._no_choice(logits_V)
         token = best

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
+import anyio
 import orjson
 from starlette.requests import ClientDisconnect, Request
 
@@ -24,8 +24,9 @@ async def read_json(request: Request) -> Any:
     if int(length) > 2 * MAX_BODY_BYTES:
         raise _too_large()
     try:
-        raw = await asyncio.wait_for(_read(request), BODY_SECONDS)
-    except asyncio.TimeoutError:
+        with anyio.fail_after(BODY_SECONDS):
+            raw = await _read(request)
+    except TimeoutError:
         raise ApiError(408, f"the body took longer than {BODY_SECONDS:g} s to arrive") from None
     except ClientDisconnect:
         raise ApiError(400, "the body ended early", code="invalid_json") from None

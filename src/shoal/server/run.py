@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
@@ -82,6 +83,8 @@ def serve(
         llm = load()
         if llm.config.moe is not None:
             llm.expert_load = ExpertLoad(llm.config)
+        gc.collect()
+        gc.freeze()  # what is here now stays: looking through it again would cost a hundredth of the time
         if on_ready is not None:
             on_ready(llm)
         return llm
@@ -101,7 +104,10 @@ def serve(
     with _quiet_signals(give_up), sock:
         if on_start is not None:
             on_start()
-        server.run(sockets=[sock])
+        try:
+            server.run(sockets=[sock])
+        finally:
+            gc.unfreeze()
     if worker.error is not None:
         raise worker.error
     return not worker.alive

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from shoal.server.constraints import Constraint
 from shoal.server.embedding_job import EmbeddingQueue
 from shoal.server.errors import ApiError, json_response
 from shoal.server.grammar_check import GrammarChecker
+from shoal.server.journal import new_id
 from shoal.server.sse import unless_disconnected
 from shoal.server.worker import EngineWorker, Piece, Results
 
@@ -77,7 +77,7 @@ class Service:
     def head(self, prefix: str, kind: str, model: str | None = None) -> dict[str, Any]:
         """The fields that open every answer and every streamed event."""
         return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "id": f"{prefix}-{new_id()}",
             "object": kind,
             "created": int(time.time()),
             "model": model or self.name,

@@ -27,6 +27,10 @@ class Work(Protocol):
 
     done: bool
 
+    @property
+    def settled(self) -> bool:
+        """Whether `ready` may bring the end; until then, whoever wants only the whole need not ask."""
+
     def start(self) -> None: ...
 
     def ready(self) -> Sequence[Any]:
@@ -36,10 +40,12 @@ class Work(Protocol):
 
 
 class Results(AsyncIterator[Piece]):
-    """What the generations of one request yield, read on the event loop. Ends as they end; raises what one raised."""
+    """What the generations of one request yield, read on the event loop. Ends as they end; raises what one raised.
+    `whole`: it comes at once, when all of it is there, so that the steps before cost the event loop nothing."""
 
-    def __init__(self, worker: EngineWorker, generations: Sequence[Work]) -> None:
+    def __init__(self, worker: EngineWorker, generations: Sequence[Work], *, whole: bool = False) -> None:
         self.generations = generations
+        self.whole = whole
         self.failed: Exception | None = None
         self.asked_at = time.perf_counter()
         self.started_at = 0.0
@@ -50,6 +56,7 @@ class Results(AsyncIterator[Piece]):
         self._arrived = asyncio.Event()
         self._last_at: list[float] = [0.0] * len(generations)  # of each choice's newest token
         self._finished = False
+        self._held: list[Any] = []
 
     def count_cancelled(self) -> None:
         """The client left before the end."""
@@ -76,9 +83,11 @@ class Results(AsyncIterator[Piece]):
             self.failed = late()
         if self.failed is not None:
             return [self.failed]
-        items: list[Any] = []
+        items = self._held
         try:
             for index, generation in enumerate(self.generations):
+                if self.whole and not generation.settled:
+                    continue
                 for chunk in generation.ready():
                     items.append((index, chunk))
                     if isinstance(chunk, Chunk):
@@ -87,11 +96,14 @@ class Results(AsyncIterator[Piece]):
             return [*items, error]
         if all(generation.done for generation in self.generations):
             items.append(_END)
+        elif self.whole:
+            return []
+        self._held = []
         return items
 
     def _measure(self, index: int, chunk: Chunk, now: float) -> None:
         metrics, last = self._worker.metrics, self._last_at[index]
-        if chunk.token_ids:
+        if chunk.token_ids and not self.whole:
             if last:
                 metrics.inter_token_seconds.add((now - last) / len(chunk.token_ids), len(chunk.token_ids))
             else:
@@ -99,6 +111,8 @@ class Results(AsyncIterator[Piece]):
             self._last_at[index] = now
         if chunk.stats is not None and chunk.finish_reason is not None:
             waited = self.started_at - self.asked_at
+            if self.whole:  # nobody saw its tokens come: their mean distance stands for each
+                metrics.add_whole(chunk.stats, waited=waited)
             metrics.add_answer(chunk.stats, chunk.finish_reason, waited=waited, seconds=now - self.asked_at)
 
     def put(self, items: list[Any]) -> None:
@@ -195,10 +209,10 @@ class EngineWorker:
             raise _unavailable(self.state)
         return self._llm
 
-    def submit(self, generations: Sequence[Work], *, seconds: float | None = None) -> Results:
-        """Queue a request; its generations run side by side. `seconds`: less than the server's own limit, if given.
-        ApiError 429: the queue is full; 503: not serving."""
-        results = Results(self, generations)
+    def submit(self, generations: Sequence[Work], *, seconds: float | None = None, whole: bool = False) -> Results:
+        """Queue a request; its generations run side by side. `seconds`: less than the server's own limit, if given;
+        `whole`: see `Results`. ApiError 429: the queue is full; 503: not serving."""
+        results = Results(self, generations, whole=whole)
         results.deadline = results.asked_at + min(self._seconds, self._seconds if seconds is None else seconds)
         with self._changed:
             if self.state in ("stopping", "failed"):
