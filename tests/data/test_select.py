@@ -232,6 +232,18 @@ def test_budget_follows_the_gain(ground):
     assert all(one["tokens"] <= SHARE * ground.pool.tokens for one in rounds)
 
 
+def test_a_large_pool_is_seen_in_parts(ground, monkeypatch):
+    """The discriminator learns from a sample; odds come block by block, the same as all at once."""
+    whole = adversarial._Views(_task(ground))
+    monkeypatch.setattr(adversarial, "NEGATIVES", 40)
+    parts = adversarial._Views(_task(ground))
+    assert (len(whole.sample), len(parts.sample), parts.sampled.count) == (len(whole.alive), 40, 40)
+    parameters = np.random.default_rng(0).normal(size=BUCKETS + 7)
+    np.testing.assert_allclose(parts.odds(parameters), whole.odds(parameters), rtol=1e-12)
+    choice = run.choose(ground, "adversarial", SHARE, seed=9, proxies=Imagined(ground), rounds=2)
+    assert _precision(ground, choice) > 0.6  # learned from 40 documents
+
+
 def test_near_copies_share_one_weight():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(40, 256))

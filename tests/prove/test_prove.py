@@ -177,6 +177,7 @@ def test_statements_follow_the_numbers(proven):
     assert ": worse (difference" in said(0.1, 0.05, 0.2)
     assert "not told apart (by the mean better)" in said(-0.1, -0.3, 0.1)
     assert "not told apart (by the mean not better)" in said(0.1, -0.1, 0.3)
+    assert "whole 2.0000: the same (" in said(0.0, 0.0, 0.0)
     assert "not better in the only seed" in said(0.1, float("nan"), float("nan"), 1)
 
 

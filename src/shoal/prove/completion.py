@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,12 +83,17 @@ def exact_match(answers: Sequence[str], lines: Sequence[str]) -> float:
     return sum(a.strip() == b.strip() for a, b in zip(answers, lines, strict=True)) / len(lines)
 
 
-def bleu(answers: Sequence[str], lines: Sequence[str]) -> float:
-    """Corpus BLEU, 0 to 100, over words and single marks; exponential smoothing, as sacrebleu has it by default."""
+def bleu_metric() -> Any:
+    """sacrebleu's metric over words that are cut already, or MissingExtraError."""
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise MissingExtraError("prove", "BLEU") from error
-    metric = BLEU(tokenize="none", force=True)
+    return BLEU(tokenize="none", force=True)
+
+
+def bleu(answers: Sequence[str], lines: Sequence[str]) -> float:
+    """Corpus BLEU, 0 to 100, over words and single marks; exponential smoothing, as sacrebleu has it by default."""
+    metric = bleu_metric()
     sides = [[" ".join(_WORD.findall(text)) for text in side] for side in (answers, lines)]
     return float(metric.corpus_score(sides[0], [sides[1]]).score)

@@ -30,7 +30,7 @@ from shoal.prove.cells import (
     run_cell,
     select_for,
 )
-from shoal.prove.completion import Cases, make_cases
+from shoal.prove.completion import Cases, bleu_metric, make_cases
 from shoal.prove.page import write_page
 from shoal.prove.proxy import Student
 from shoal.prove.statistics import Interval, interval, paired
@@ -125,7 +125,9 @@ def statements(versus: dict[str, Any], table: dict[str, Any]) -> list[str]:
             for measure, found in measures.items():
                 mine, theirs = table[regime][SELECTED][measure]["mean"], table[regime][other][measure]["mean"]
                 side = MEASURES[measure] * found["mean"]
-                if found["values"] < 2:
+                if found["mean"] == 0:
+                    said = "the same"
+                elif found["values"] < 2:
                     said = f"{'better' if side > 0 else 'not better'} in the only seed"
                 elif found["low"] > 0 or found["high"] < 0:
                     said = "better" if side > 0 else "worse"
@@ -195,6 +197,7 @@ def _cases(ground: Ground, plan: Plan) -> Cases | None:
     code = [number for number, is_code in enumerate(ground.held_out_code) if is_code]
     if not code or not plan.cases:
         return None
+    bleu_metric()  # is it there? Asked before anything is trained
     return make_cases(
         ground.held_out,
         code,

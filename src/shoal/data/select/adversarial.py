@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.data.select.budget import Scores, fill
-from shoal.data.select.classifier import examples, fit
+from shoal.data.select.classifier import NEGATIVES, examples, fit
 from shoal.data.select.features import clusters, crowding, embed
 from shoal.data.select.task import Learner, Task
 
@@ -64,6 +64,7 @@ class _Views:
 
     Attributes:
         alive: numbers of the pool's documents; everything here is in their order.
+        sample: places among them that the discriminator learns from: all, or as many as fit into memory.
         vectors_ND: of the pool's documents, for clusters and crowding.
     """
 
@@ -72,8 +73,18 @@ class _Views:
         self.alive = task.alive
         self.lengths_N = pool.lengths_N[self.alive]
         self.vectors_ND = embed(pool, seed=task.seed)[self.alive]
-        self.pool = examples(pool, self.alive, yardstick=pool)
+        rng = np.random.default_rng([task.seed, 10])
+        self.sample = np.sort(rng.permutation(len(self.alive))[:NEGATIVES])
+        self.sampled = examples(pool, self.alive[self.sample], yardstick=pool)
+        self._pool = pool
         self.target = examples(target, np.arange(len(target)), yardstick=pool)
+
+    def odds(self, parameters: Weights) -> Weights:
+        """The discriminator's log-odds of every document, some thousand documents in memory at a time."""
+        if len(self.sample) == len(self.alive):
+            return self.sampled.odds(parameters)
+        blocks = (self.alive[at : at + NEGATIVES] for at in range(0, len(self.alive), NEGATIVES))
+        return np.concatenate([examples(self._pool, one, yardstick=self._pool).odds(parameters) for one in blocks])
 
 
 def _round(task: Task, views: _Views, state: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +119,8 @@ def _round(task: Task, views: _Views, state: dict[str, Any]) -> dict[str, Any]:
 def _fool(views: _Views, log_weights: Weights) -> tuple[Weights, dict[str, Any]]:
     """A turn of the game: the discriminator learns, the weights move to where it sees the target."""
     weights = _normal(log_weights)
-    parameters = fit(views.target, views.pool, np.ones(views.target.count), weights)
-    odds = views.pool.odds(parameters)
+    parameters = fit(views.target, views.sampled, np.ones(views.target.count), weights[views.sample])
+    odds = views.odds(parameters)
     told = float((views.target.odds(parameters) > 0).mean() / 2 + (weights * (odds < 0)).sum() / 2)
     middle = np.median(odds)
     scaled = np.clip((odds - middle) / (1.5 * np.median(np.abs(odds - middle)) + 1e-9), -LIMIT, LIMIT)

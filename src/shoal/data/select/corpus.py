@@ -10,6 +10,7 @@ Shapes: N documents, B buckets, F measures.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -193,7 +194,8 @@ def open_pool(folder: Path, verdicts: Sequence[str], machine: Machine, progress:
     if not (home / "tokenizer.json").is_file():
         raise FileError(folder, "holds no tokenizer; prepare it with --tokenizer or --vocab-size")
     # Documents never change after the cleaning, whose key is in the recipe.
-    key = f"{VERSION} {vocabulary.digest(home)} {(folder / 'recipe.json').read_bytes()[:64].hex()}"
+    cleaning = json.loads((folder / "recipe.json").read_bytes())["key"]
+    key = f"{VERSION} {vocabulary.digest(home)} {cleaning}"
     task = functools.partial(_write_part, folder)
     stage = Stage(folder=folder, name=STAGE, key=key, task=task)
     run_stage(stage, shards, machine, max_document=COUNTED, progress=progress)
