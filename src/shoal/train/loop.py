@@ -180,7 +180,7 @@ class Run:
                     self.save()
                 if stop and self.step < until and not self.finished():
                     return Outcome(self.step, record, signal, None)
-            return Outcome(self.step, record, signal, self._export())
+        return Outcome(self.step, record, signal, self._export())
 
     def finished(self) -> bool:
         """Whether the run ends before its last step, for reasons of its own."""
@@ -261,11 +261,8 @@ class Run:
         if all(math.isfinite(value) for value in values.values()):
             return
         shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        problem = f"step {self.step + 1}: the {what} is not finite ({shown}); nothing was updated"
-        raise RunError(f"{problem}, {self._last_checkpoint()}")
-
-    def _last_checkpoint(self) -> str:
-        return f"the last checkpoint is of step {self.saved}" if self.saved >= 0 else "no checkpoint was due yet"
+        last = f"the last checkpoint is of step {self.saved}" if self.saved >= 0 else "no checkpoint was due yet"
+        raise RunError(f"step {self.step + 1}: the {what} is not finite ({shown}); nothing was updated, {last}")
 
     def _measure(self, record: Record, until: int) -> None:
         """Add to a step's record what is due after it: validation, samples, and how long the rest will take."""
