@@ -27,6 +27,7 @@ def BASE(data: Path) -> Recipe:
 CASES = {
     "cut": ({}, 1),
     "dealt": ({}, 2),
+    "bf16": ({"precision": "bf16", "steps": 3}, 2),
     "recomputed": ({"activation_checkpointing": True, "steps": 2}, 2),
     "muon": ({"optimiser": OptimiserSettings(optimiser="muon", lr=1e-2), "steps": 4}, 2),
 }

@@ -106,9 +106,10 @@ def test_two_processes_take_the_steps_of_one(together, alone, name):
         assert mine.get("samples") == other.get("samples")
 
 
-def test_muon_takes_about_the_same_steps(together, alone):
-    """Newton-Schulz runs in bfloat16, where a gradient's last bit may move an update's second digit."""
-    assert_same_curve(lines(together / "muon"), alone("muon"), rel=2e-3)
+@pytest.mark.parametrize("name", ["bf16", "muon"])
+def test_in_16_bits_the_steps_are_about_the_same(together, alone, name):
+    """Newton-Schulz too runs in bfloat16, where a gradient's last bit may move an update's second digit."""
+    assert_same_curve(lines(together / name), alone(name), rel=5e-3)
 
 
 def test_of_equal_gradients_muon_makes_equal_weights(together):
@@ -162,7 +163,7 @@ def test_a_disk_that_refuses_one_process_is_told_by_all(together):
     assert (agreed, left) == ("True", ["step-00000002"])
 
 
-def test_a_dead_process_is_named_and_the_run_ends(start, data, tmp_path):
+def test_a_dead_process_is_named_and_the_run_ends(start, cases, data, tmp_path):
     (tmp_path / "recipe.py").write_text(
         "from pathlib import Path\n"
         "from dataclasses import replace\n"
@@ -185,3 +186,7 @@ def test_a_dead_process_is_named_and_the_run_ends(start, data, tmp_path):
     (line,) = [line for line in said.splitlines() if line.startswith("shoal: error: ")]
     assert f"rank 1 of 2 (process {victim.pid} on {socket.gethostname()}) is gone; the same command goes on" in line
     assert "Traceback" not in said.split("shoal: error: ")[0]
+    done = lines(tmp_path / "run")[-1]["step"]
+    quick_alone(dataclasses.replace(cases.BASE(data), steps=100000), tmp_path / "run", until=done + 1)
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, done + 2))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))

@@ -52,7 +52,8 @@ def test_last_words_are_passed_on(meet):
 
 def test_who_does_not_answer_is_named_and_who_does_is_not(meet, monkeypatch):
     """On another machine nobody can see whether a process lives."""
-    monkeypatch.setattr(rollcall, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(rollcall, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(rollcall, "LISTEN_SECONDS", 0.05)
     first, _, third = meet(0, 1, 2, world=3)
     third.close()
     third.store.set("place/2", "elsewhere 17")
@@ -60,7 +61,8 @@ def test_who_does_not_answer_is_named_and_who_does_is_not(meet, monkeypatch):
     assert first.absent == [2]
 
 
-def test_where_all_answer_the_first_that_failed_is_to_blame(meet):
+def test_where_all_answer_the_first_that_failed_is_to_blame(meet, monkeypatch):
+    monkeypatch.setattr(rollcall, "LISTEN_SECONDS", 0.05)
     first, second = meet(0, 1, world=2)
     assert second.call("MemoryError()") is None  # its own
     assert first.call("closed") == f"rank 1 of 2 {HERE} has failed: MemoryError()"

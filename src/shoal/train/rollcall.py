@@ -16,8 +16,8 @@ import psutil  # type: ignore[import-untyped]
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-# How long a process that may be at work elsewhere has to answer, and how often the store is asked.
-ANSWER_SECONDS, POLL_SECONDS = 10.0, 0.1
+# How long a process has to answer, how often it listens for a call, and how often who waits asks the store.
+ANSWER_SECONDS, LISTEN_SECONDS, POLL_SECONDS = 10.0, 1.0, 0.1
 
 
 class RollCall:
@@ -85,7 +85,7 @@ class RollCall:
     def _answer(self) -> None:
         """Answer the first call, whatever the main thread waits for."""
         with contextlib.suppress(DistError):
-            while not self._ended.wait(POLL_SECONDS):
+            while not self._ended.wait(LISTEN_SECONDS):
                 if self.store.check(["failures"]):
                     self.store.set(f"here/{self.rank}", "")
                     return
