@@ -1,7 +1,8 @@
 """Tuning beside transformers + PEFT, and adapters placed by the data beside plain LoRA and full tuning.
 
     python benchmarks/tune.py speed      # tokens/s and peak memory on the same model, adapter, examples and precision
-    python benchmarks/tune.py quality    # held-out loss: placed adapters, LoRA of the same size, all weights; 3 seeds
+    python benchmarks/tune.py quality    # held-out loss: placed adapters, LoRA of the same size, all weights; 3 seeds;
+                                         # with --chinook FIXTURE on the SQL questions of recipes/sql
 
 Both sides of `speed` run in processes of their own, turn by turn. The peer is what its documentation shows: a padded
 batch with labels of -100 on prompts and padding, `get_peft_model`, AdamW. Tokens are those of the examples, without
@@ -178,7 +179,9 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     each method's best. Every run is a file in the work folder, so the command goes on where it was stopped."""
     args.work.mkdir(parents=True, exist_ok=True)
     data, held_out = args.data, args.held_out
-    if data is None:
+    if args.chinook is not None:
+        data, held_out = sql_examples(args.chinook, args.work)
+    elif data is None:
         data, held_out = args.work / "data.jsonl", args.work / "held_out.jsonl"
         write_examples(data, args.examples, seed=1)
         write_examples(held_out, 60, seed=2)
@@ -192,7 +195,21 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
             if best is not None:
                 out[name].append(_cell(args, data, held_out, name, best["lr"], seed))
     best_of = {name: _best(runs) for name, runs in out.items()}
-    return {"quality": out, "best": best_of, "data": data.name, "held_out": held_out.name}
+    return {"quality": out, "best": best_of, "steps": args.steps, "row_tokens": args.rows * args.length}
+
+
+def sql_examples(chinook: Path, work: Path) -> tuple[Path, Path]:
+    """The training questions of `recipes/sql`, and every 20th of those about unseen names."""
+    sys.path.insert(0, str(ROOT.parent / "recipes" / "sql"))
+    import task
+
+    database = work / "chinook.sqlite"
+    task.build(chinook, database)
+    found = task.questions(database)
+    data, held_out = work / "data.jsonl", work / "held_out.jsonl"
+    for path, examples in ((data, found["train"]), (held_out, found["values"][::20] + found["phrasings"][::20])):
+        path.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
+    return data, held_out
 
 
 def _cell(args: argparse.Namespace, data: Path, held_out: Path, name: str, lr: float, seed: int) -> dict[str, Any]:
@@ -255,7 +272,7 @@ def _tuned(args: argparse.Namespace, data: str, held_out: str, name: str, lr: fl
     }  # fmt: skip
 
 
-def _best(runs: list[dict[str, Any]]) -> dict[str, float] | None:
+def _best(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The learning rate of the lowest loss at the first seed, over all of its seeds."""
     runs = [run for run in runs if "val_loss" in run]
     if not runs:
@@ -263,8 +280,9 @@ def _best(runs: list[dict[str, Any]]) -> dict[str, float] | None:
     lr = min((run for run in runs if run["seed"] == 0), key=lambda run: run["val_loss"])["lr"]
     losses = [run["val_loss"] for run in runs if run["lr"] == lr]
     first = next(run for run in runs if run["lr"] == lr)
+    tried = {f"{run['lr']:g}": round(run["val_loss"], 4) for run in runs if run["seed"] == 0}
     return {
-        "lr": lr, "trained": first["trained"], "before": first["before"], "seeds": len(losses),
+        "lr": lr, "tried": tried, "trained": first["trained"], "before": first["before"], "seeds": len(losses),
         "mean": statistics.mean(losses), "least": min(losses), "greatest": max(losses),
         "place_seconds": statistics.mean(run["place_seconds"] for run in runs if run["lr"] == lr),
         "cpu_seconds": statistics.mean(run["cpu_seconds"] for run in runs if run["lr"] == lr),
@@ -283,7 +301,7 @@ def write_results(what: str, result: dict[str, Any]) -> None:
     hardware = slug(describe_machine()["cpu"])
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"tune_{what}_{hardware}_{date.today().isoformat()}"
-    command = " ".join(["python", "benchmarks/tune.py", *sys.argv[1:]])
+    command = " ".join(["python", "benchmarks/tune.py", *(word for word in sys.argv[1:] if word != "--report")])
     stem.with_suffix(".json").write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
     lines = [f"# Tuning: {what}", "", f"`{command}`", ""]
     if what == "speed":
@@ -293,17 +311,18 @@ def write_results(what: str, result: dict[str, Any]) -> None:
             lines.append(f"| {side} | {rate:.0f} | {peak:.0f} | {runs[0]['trained']:.0f} |")
         lines += ["", f"Ratio {result['ratio']:.2f} ({result['least']:.2f}–{result['greatest']:.2f})."]
     else:
+        lines += [f"{result['steps']} steps of {result['row_tokens']} packed tokens.", ""]
         lines += _quality_table(result["best"])
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(stem.with_suffix(".md").read_text())
 
 
-def _quality_table(best_of: dict[str, dict[str, float] | None]) -> list[str]:
+def _quality_table(best_of: dict[str, dict[str, Any] | None]) -> list[str]:
     full = best_of.get("full")
     lines = [
         "| method | trained | learning rate | seeds | held-out loss, mean (least–greatest) | share of full's gain "
-        "| CPU s: placing, steps | peak MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| CPU s: placing, steps | peak MB | loss of the first seed by learning rate |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, best in best_of.items():
         if best is None:
@@ -312,7 +331,8 @@ def _quality_table(best_of: dict[str, dict[str, float] | None]) -> list[str]:
         gain = (best["before"] - best["mean"]) / (full["before"] - full["mean"]) if full else float("nan")
         lines.append(
             f"| {name} | {best['trained']:.0f} | {best['lr']:g} | {best['seeds']} | {span} | {gain:.1%} "
-            f"| {best['place_seconds']:.0f}, {best['cpu_seconds']:.0f} | {best['peak_mb']:.0f} |"
+            f"| {best['place_seconds']:.0f}, {best['cpu_seconds']:.0f} | {best['peak_mb']:.0f} "
+            f"| {', '.join(f'{rate}: {loss}' for rate, loss in best['tried'].items())} |"
         )
     before = next((best["before"] for best in best_of.values() if best), float("nan"))
     return [*lines, "", f"Before tuning: {before:.4f}."]
@@ -329,6 +349,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--data", type=Path, help="examples to tune on (quality); else made-up order slips")
+    parser.add_argument("--chinook", type=Path, help="or the fixture that recipes/sql makes its questions from")
     parser.add_argument("--held-out", type=Path, help="examples to judge by, with --data")
     parser.add_argument("--rows", type=int, default=2, help="packed rows of a step (quality)")
     parser.add_argument("--methods", default="placed,lora all,full,lora qv", help="which to compare (quality)")

@@ -268,8 +268,8 @@ void FeedForward::quantise_expert(const Worker& worker, const Slots& s, long exp
                        std::min(4L, count - i), width, lanes_for(count));
 }
 
-// One expert's rows out of those of all tokens, which stand four by four, in memory of this member. What stands in the
-// place of rows that fill up the last four does not matter: nothing looks at their products.
+// One expert's rows out of those of all tokens, which stand four by four, in memory of this member. Nothing looks at
+// the products of the rows that fill up the last four, but their sums must not overflow.
 WideRows FeedForward::gather_expert(const Worker& worker, const Slots& s, long expert, const WideRows& from,
                                     long cols) const {
     const long count = s.count(expert), lanes = lanes_for(count), groups = round_up(cols, kBlockCols) / kGroup;
@@ -287,6 +287,9 @@ WideRows FeedForward::gather_expert(const Worker& worker, const Slots& s, long e
                 const_cast<int32_t*>(some.sums)[to + g * lanes + lane] = all.sums[at + g * 4 + from_lane];
             }
         }
+        for (long i = count; i < round_up(count, lanes); ++i)
+            for (long g = 0; g < groups; ++g)
+                const_cast<int32_t*>(some.sums)[(i / lanes * groups + g) * lanes + i % lanes] = 0;
     };
     copy(from.high, out.high);
     if (wide_experts) copy(from.low, out.low);
