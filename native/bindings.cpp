@@ -10,6 +10,7 @@
 
 #include "bindings_packed.h"
 #include "engine/bindings_engine.h"
+#include "engine/bindings_weights.h"
 #include "shoal/dispatch.h"
 
 namespace nb = nanobind;
@@ -73,6 +74,7 @@ std::vector<std::string> available_isas() {
 
 NB_MODULE(_native, m) {
     m.doc() = "CPU kernels of Shoal; see shoal.kernels for the public face.";
+    shoal_bind_weights(m);
     shoal_bind_engine(m);
     shoal_bind_packed(m);
     m.def("available_isas", &available_isas);

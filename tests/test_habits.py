@@ -24,7 +24,7 @@ FLOORS = [
     ["formats"],
     ["kernels"],
     ["model"],
-    ["hub", "data", "engine", "quant", "evaluate", "train", "tune", "vision", "symbolic", "trace", "cost"],
+    ["hub", "data", "engine", "quant", "evaluate", "train", "tune", "prove", "vision", "symbolic", "trace", "cost"],
     ["server"],
     ["cli"],
     ["__main__"],

@@ -11,115 +11,21 @@
 #include <optional>
 #include <utility>
 
-#include "engine/bandwidth.h"
+#include "engine/bindings_weights.h"
 #include "engine/operations.h"
-#include "engine/pack.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
 namespace {
 
-using shoal::Packing;
-using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
-using OutBytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // bf16
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 using OutInts = nb::ndarray<int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Flags = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Routes = nb::ndarray<int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using RouteWeights = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-
-void require(bool condition, const char* problem) {
-    if (!condition) throw nb::value_error(problem);
-}
-
-// A packed matrix, or a stack of equal ones; shares the array's memory.
-struct Packed {
-    shoal::PackedMatrix matrix;
-    long count;
-    Bytes memory;
-};
-
-size_t packed_bytes(int packing, long rows, long cols) {
-    require(packing >= 0 && packing < shoal::kPackings && rows > 0 && cols > 0, "no such packing or an empty matrix");
-    return shoal::PackedMatrix{Packing(packing), rows, cols, nullptr}.bytes();
-}
-
-Packed make_packed(int packing, long rows, long cols, Bytes memory, long count) {
-    require(count > 0 && memory.size() == packed_bytes(packing, rows, cols) * count, "memory does not fit the matrix");
-    return {{Packing(packing), rows, cols, memory.data()}, count, std::move(memory)};
-}
-
-// Bytes of a row of `cols` columns, 0 where the kind stores whole blocks and the row is none.
-long row_bytes_of(shoal::Source kind, long cols) {
-    auto blocks = [&](long columns, long bytes) { return cols % columns ? 0 : cols / columns * bytes; };
-    switch (kind) {
-        case shoal::Source::f32:
-            return 4 * cols;
-        case shoal::Source::bf16:
-        case shoal::Source::f16:
-            return 2 * cols;
-        case shoal::Source::q8_0:
-            return blocks(32, 34);
-        case shoal::Source::q4_0:
-            return blocks(32, 18);
-        case shoal::Source::q4_1:
-            return blocks(32, 20);
-        case shoal::Source::q4_k:
-            return blocks(256, 144);
-        case shoal::Source::codes:
-            return cols;
-    }
-    return 0;
-}
-
-// Whether int8 codes lie in the packing's range: -128..127, -8..7, or 0..15 with minima.
-bool codes_fit(const Bytes& codes, Packing packing) {
-    const int low = packing == Packing::q8 ? -128 : packing == Packing::q4 ? -8 : 0;
-    const int high = packing == Packing::q8 ? 127 : packing == Packing::q4 ? 7 : 15;
-    return std::all_of(codes.data(), codes.data() + codes.size(),
-                       [&](uint8_t code) { return int8_t(code) >= low && int8_t(code) <= high; });
-}
-
-void pack(int source, Bytes data, long rows, long cols, int packing, OutBytes out, int threads,
-          std::optional<Floats> scales, std::optional<Floats> minima, long group) {
-    const auto kind = shoal::Source(source);
-    require(shoal::can_pack(kind, Packing(packing)), "these weights do not go into that packing");
-    require(out.size() == packed_bytes(packing, rows, cols), "out does not fit the matrix");
-    require(data.ndim() == 2 && long(data.shape(0)) == rows, "data must hold the rows' bytes");
-    const long row_bytes = long(data.shape(1));
-    require(row_bytes > 0 && row_bytes == row_bytes_of(kind, cols), "rows have the wrong number of bytes");
-    shoal::SourceRows from{kind, data.data(), row_bytes};
-    if (kind == shoal::Source::codes) {
-        require(group > 0 && group % 32 == 0, "a group is a multiple of 32 columns");
-        const size_t groups = size_t(rows) * ((cols + group - 1) / group);
-        require(scales && scales->size() == groups && (!minima || minima->size() == groups),
-                "one scale a group and row");
-        require(!minima || packing == int(Packing::q4m), "minima go into q4m alone");
-        require(codes_fit(data, Packing(packing)), "a code is out of the packing's range");
-        from.scales = scales->data();
-        from.minima = minima ? minima->data() : nullptr;
-        from.group = group;
-    }
-    nb::gil_scoped_release unlocked;
-    shoal::pack_rows(from, rows, cols, Packing(packing), out.data(), threads);
-}
-
-// Row `row` of the stack's matrices laid end to end.
-void unpack(const Packed& packed, long row, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
-    shoal::PackedMatrix matrix = packed.matrix;
-    require(row >= 0 && row < matrix.rows * packed.count && long(out.size()) == matrix.cols, "no such row");
-    matrix.data += row / matrix.rows * matrix.bytes();
-    shoal::unpack_row(matrix, row % matrix.rows, out.data());
-}
-
-double read_bandwidth(int threads, size_t bytes, int passes) {
-    require(threads > 0 && bytes > 0 && passes > 0, "threads, bytes and passes must be positive");
-    nb::gil_scoped_release unlocked;
-    return shoal::read_bandwidth(threads, bytes, passes);
-}
 
 class PlanEngine {
   public:
@@ -188,8 +94,7 @@ class PlanEngine {
     long head_linear(const Packed& stack, long in, long in_first, long in_step, long out, long out_first,
                      long out_step) {
         auto op = std::make_unique<shoal::HeadLinear>();
-        shoal::PackedMatrix matrix = hold(stack);
-        for (long n = 0; n < stack.count; ++n, matrix.data += matrix.bytes()) op->weights.push_back(matrix);
+        op->weights = hold_stack(stack);
         op->wide = wide_;
         op->in = in, op->in_first = in_first, op->in_step = in_step;
         op->out = out, op->out_first = out_first, op->out_step = out_step;
@@ -220,12 +125,26 @@ class PlanEngine {
 
     void attention(long layer, long query, long query_step, long rotary, long rotary_first, long rotary_step,
                    long heads, long kv_heads, long key_width, long value_width, bool shared_values, float scale,
-                   long out) {
+                   long out, const std::optional<Packed>& expand_keys, const std::optional<Packed>& expand_values,
+                   long expand_out) {
         auto op = std::make_unique<shoal::Attention>();
         op->layer = layer, op->query = query, op->query_step = query_step;
         op->rotary = rotary, op->rotary_first = rotary_first, op->rotary_step = rotary_step;
         op->heads = heads, op->kv_heads = kv_heads, op->key_width = key_width, op->value_width = value_width;
         op->shared_values = shared_values, op->scale = scale, op->out = out;
+        if (expand_keys && expand_values) {
+            const shoal::PackedMatrix &k = expand_keys->matrix, &v = expand_values->matrix;
+            require(shared_values && kv_heads == 1 && rotary >= 0 && expand_keys->count == heads &&
+                        expand_values->count == heads && k.cols == value_width && v.cols == value_width &&
+                        rotary_first == k.rows && rotary_step == k.rows + key_width - value_width,
+                    "keys and values of another layer");
+            op->expansion.keys = hold_stack(*expand_keys);
+            op->expansion.values = hold_stack(*expand_values);
+            op->expansion.rope = key_width - value_width;
+            op->expansion.out = expand_out;
+            op->expansion.wide = wide_;
+            op->expansion.memory = &expansion_memory_;
+        }
         put(std::move(op), true);
     }
 
@@ -340,10 +259,11 @@ class PlanEngine {
     void program(size_t number) { program_ = number; }
 
     // One step. pages [sequences, max_pages]; first_row [sequences + 1]; logits [outputs, vocabulary] is filled;
-    // adapter [T] is the number of each row's adapter or -1.
+    // adapter [T] is the number of each row's adapter or -1; expanded [sequences] is not 0 for those whose rows are
+    // computed in MLA's expanded form, without adapters.
     // `source` is for programs that look ahead: the rows of the last step of program 0 that they continue.
     void run(Ints token, Ints position, Ints first_row, OutInts pages, Ints output_row, OutFloats logits,
-             size_t program, std::optional<Ints> source, std::optional<Ints> adapter) {
+             size_t program, std::optional<Ints> source, std::optional<Ints> adapter, std::optional<Flags> expanded) {
         require(token.size() > 0 && token.size() == position.size(), "one position a token");
         require(first_row.size() == pages.shape(0) + 1, "one row range a sequence");
         require(long(logits.shape(0)) == long(output_row.size()) && long(logits.shape(1)) == vocabulary_,
@@ -357,7 +277,9 @@ class PlanEngine {
         for (size_t i = 0; adapter && i < token.size(); ++i)
             require(adapter->size() == token.size() && adapter->data()[i] >= -1 && adapter->data()[i] < num_adapters_,
                     "no such adapter");
+        require(!expanded || expanded->size() == pages.shape(0), "one flag a sequence");
         shoal::Step step;
+        step.expanded = expanded ? expanded->data() : nullptr;
         step.adapter = adapter ? adapter->data() : nullptr;
         step.tokens = long(token.size());
         step.token = token.data();
@@ -384,6 +306,12 @@ class PlanEngine {
     shoal::PackedMatrix hold(const Packed& packed) {
         memory_.push_back(packed.memory);
         return packed.matrix;
+    }
+    std::vector<shoal::PackedMatrix> hold_stack(const Packed& stack) {
+        std::vector<shoal::PackedMatrix> out;
+        shoal::PackedMatrix matrix = hold(stack);
+        for (long n = 0; n < stack.count; ++n, matrix.data += matrix.bytes()) out.push_back(matrix);
+        return out;
     }
     const float* hold(const Floats& floats) {
         floats_.push_back(floats);
@@ -420,6 +348,7 @@ class PlanEngine {
         engine_.add(program_, std::move(op));
     }
 
+    shoal::Expansion::Memory expansion_memory_;
     shoal::Engine engine_;
     std::vector<std::pair<size_t, const shoal::FeedForward*>> feed_forwards_;  // by program; the engine owns them
     struct Factors {
@@ -441,23 +370,6 @@ class PlanEngine {
 }  // namespace
 
 void shoal_bind_engine(nb::module_& m) {
-    nb::class_<Packed>(m, "Packed")
-        .def(
-            "__init__",
-            [](Packed* self, int packing, long rows, long cols, Bytes memory, long count) {
-                new (self) Packed(make_packed(packing, rows, cols, std::move(memory), count));
-            },
-            "packing"_a, "rows"_a, "cols"_a, "memory"_a.noconvert(), "count"_a = 1)
-        .def_prop_ro("rows", [](const Packed& p) { return p.matrix.rows; })
-        .def_prop_ro("cols", [](const Packed& p) { return p.matrix.cols; })
-        .def_prop_ro("count", [](const Packed& p) { return p.count; })
-        .def_prop_ro("packing", [](const Packed& p) { return int(p.matrix.packing); })
-        .def_prop_ro("nbytes", [](const Packed& p) { return p.matrix.bytes() * p.count; })
-        .def("row", &unpack, "row"_a, "out"_a.noconvert());
-    m.def("packed_bytes", &packed_bytes, "packing"_a, "rows"_a, "cols"_a);
-    m.def("pack", &pack, "source"_a, "data"_a.noconvert(), "rows"_a, "cols"_a, "packing"_a, "out"_a.noconvert(),
-          "threads"_a = 1, "scales"_a.noconvert() = nb::none(), "minima"_a.noconvert() = nb::none(), "group"_a = 32);
-    m.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, "passes"_a);
     nb::class_<PlanEngine>(m, "Engine")
         .def(nb::init<int, bool, bool>(), "threads"_a, "wide"_a = false, "wide_experts"_a = false)
         .def_prop_ro("threads", &PlanEngine::threads)
@@ -480,7 +392,7 @@ void shoal_bind_engine(nb::module_& m) {
              "head_dim"_a, "query_norm"_a.none(), "key_norm"_a.none(), "eps"_a, "cosines"_a, "sines"_a, "interleave"_a)
         .def("attention", &PlanEngine::attention, "layer"_a, "query"_a, "query_step"_a, "rotary"_a, "rotary_first"_a,
              "rotary_step"_a, "heads"_a, "kv_heads"_a, "key_width"_a, "value_width"_a, "shared_values"_a, "scale"_a,
-             "out"_a)
+             "out"_a, "expand_keys"_a = nb::none(), "expand_values"_a = nb::none(), "expand_out"_a = 0)
         .def("feed_forward", &PlanEngine::feed_forward, "input"_a, "norm"_a, "eps"_a, "dense"_a, "router"_a.none(),
              "bias"_a.none(), "routed"_a, "routing"_a, "moments"_a = std::vector<OutFloats>{})
         .def("adapt", &PlanEngine::adapt, "number"_a, "adapter"_a, "a"_a.noconvert(), "b"_a.noconvert(),
@@ -490,5 +402,6 @@ void shoal_bind_engine(nb::module_& m) {
         .def("head", &PlanEngine::head, "input"_a, "norm"_a, "eps"_a, "weight"_a, "moments"_a.noconvert() = nb::none())
         .def("run", &PlanEngine::run, "token"_a.noconvert(), "position"_a.noconvert(), "first_row"_a.noconvert(),
              "pages"_a.noconvert(), "output_row"_a.noconvert(), "logits"_a.noconvert(), "program"_a = 0,
-             "source"_a.noconvert() = nb::none(), "adapter"_a.noconvert() = nb::none());
+             "source"_a.noconvert() = nb::none(), "adapter"_a.noconvert() = nb::none(),
+             "expanded"_a.noconvert() = nb::none());
 }

@@ -47,6 +47,8 @@ struct Step {
     const int32_t* output_row = nullptr;  // [outputs]: rows whose logits are wanted
     float* logits = nullptr;              // [outputs, vocabulary]
     const int32_t* adapter = nullptr;     // [T]: number of the adapter of each row, -1 for none; null: no row has one
+    const uint8_t* expanded = nullptr;    // [sequences]: whose rows meet keys and values, not latents; null: nobody's
+    bool is_expanded(long sequence) const { return expanded && expanded[sequence]; }
     long sequence_of(long row) const {
         long s = 0;
         while (first_row[s + 1] <= row) ++s;

@@ -57,13 +57,17 @@ struct Linear final : Operation {
     const float* shrink_parts(const Worker& worker, const Prepared& x);
 };
 
-// Per head n: out[t][out_first + n * out_step ...] = x[t][in_first + n * in_step ...] W_n^T.
+// Per head n: out[t][out_first + n * out_step ...] = x[t][in_first + n * in_step ...] W_n^T, for the rows of sequences
+// that are not expanded.
 struct HeadLinear final : Operation {
     std::vector<PackedMatrix> weights;
     long in, in_first, in_step, out, out_first, out_step;
     Adapted adapted;  // by head
     bool wide = false;
     void run(const Worker& worker) override;
+
+  private:
+    void multiply_rows(const Worker& worker, long head, long first_row, long last_row) const;
 };
 
 // Rotates queries and keys, normalises what wants it, and puts keys and values (or the latent) into the cache.
@@ -84,6 +88,24 @@ struct CacheGqa final : Operation {
     void run(const Worker& worker) override;
 };
 
+// How a latent cache becomes keys and values again (MLA's expanded form): for long pieces of a prompt that costs less
+// than meeting the latents themselves, which are several times as wide.
+struct Expansion {
+    struct Memory {           // one for all layers
+        Scratch rows;         // rotary keys, behind the latents themselves if the matrices meet them in f32
+        QuantBuffer latents;  // [pages * 64, C]
+    };
+    std::vector<PackedMatrix> keys, values;  // of each head, [H, C] and [V, C]; none: never expanded
+    long rope = 0, out = 0;                  // out [T, N * V]
+    bool wide = false;
+    Memory* memory = nullptr;
+    std::vector<long> sequences;   // of the step
+    std::vector<long> first_page;  // of each, and the end, in pages of `memory`
+    bool quantised() const { return keys[0].quantised() || values[0].quantised(); }
+    long latent() const { return keys[0].cols; }
+    long row_width() const { return quantised() ? rope : latent() + rope; }
+};
+
 // softmax(q k^T) v over the cache. MLA: heads share one key row of C + R whose first C are the values; queries come in
 // two parts, the absorbed one [T, N, C] and the rotary one inside [T, N, H + R]. GQA: N / kv_heads queries share a key.
 struct Attention final : Operation {
@@ -92,10 +114,19 @@ struct Attention final : Operation {
     bool shared_values;
     float scale;
     long out;
+    Expansion expansion;
     void reserve(Engine& engine, const Step& step) override;
     void run(const Worker& worker) override;
 
   private:
+    void run_absorbed(const Worker& worker);
+    // operations_expanded.cpp
+    void reserve_expanded(const Step& step);
+    void run_expanded(const Worker& worker);
+    void read_latents(const Worker& worker, long index, long page) const;
+    void expand_page(const Worker& worker, long head, long at, long count, uint8_t* keys_out,
+                     uint8_t* values_out) const;
+    void attend_expanded(const Worker& worker, long index, long head) const;
     struct Block {
         long sequence, kv_head, first_lane, lanes, keys;
     };
@@ -185,6 +216,15 @@ struct FeedForward final : Operation {
     void down_tiles(const Worker& worker, const Slots* s, long first, long last, float* x, const Prepared& dense,
                     const WideRows& routed, const float* low);
 };
+
+// Keys are attended to in chunks of four pages, each from a fresh state, and the chunks are merged in order. The
+// partition does not depend on threads, batch or prefill, so neither does a single bit of the result.
+constexpr long kChunkPages = 4;
+constexpr long kChunk = kChunkPages * kPageTokens;
+constexpr long kLaneState = 32;  // top and total of 16 lanes, in front of the rows
+void clear_state(float* state, long lanes, long width);
+// Queries [16, width] side by side for every element (f32), or for every pair of them (bf16).
+void pack_lanes(const float* rows, long width, bool bf16, void* packed);
 
 // logits = norm(x[output rows]) W^T.
 struct Head final : Operation {

@@ -8,12 +8,6 @@
 namespace shoal {
 namespace {
 
-// Keys are attended to in chunks of four pages, each from a fresh state, and the chunks are merged in order. The
-// partition does not depend on threads, batch or prefill, so neither does a single bit of the result.
-constexpr long kChunkPages = 4;
-constexpr long kChunk = kChunkPages * kPageTokens;
-constexpr long kLaneState = 32;  // top and total of 16 lanes, in front of the rows
-
 // Rotates pairs (x0, x1), (x2, x3) … or (x0, x_half) …; the result keeps the pairs' places.
 void rotate(float* x, const float* cosines, const float* sines, long half, bool interleave) {
     for (long i = 0; i < half; ++i) {
@@ -38,11 +32,6 @@ void fold(float* state, const float* part, long lanes, long width) {
     }
 }
 
-void clear(float* state, long lanes, long width) {
-    std::fill(state, state + 16, -1e30f);
-    std::fill(state + 16, state + kLaneState + lanes * width, 0.0f);
-}
-
 struct Place {
     uint8_t* page;
     long slot;
@@ -56,6 +45,27 @@ Place place_of(const Worker& worker, long row, long layer) {
 }
 
 }  // namespace
+
+void clear_state(float* state, long lanes, long width) {
+    std::fill(state, state + 16, -1e30f);
+    std::fill(state + 16, state + kLaneState + lanes * width, 0.0f);
+}
+
+void pack_lanes(const float* rows, long width, bool bf16, void* packed) {
+    if (!bf16) {
+        auto* out = static_cast<float*>(packed);
+        for (long k = 0; k < width; ++k)
+            for (long lane = 0; lane < 16; ++lane) out[k * 16 + lane] = rows[lane * width + k];
+        return;
+    }
+    auto* pairs = static_cast<uint32_t*>(packed);
+    for (long k = 0; k < width / 2; ++k) {
+        for (long lane = 0; lane < 16; ++lane) {
+            const float* line = rows + lane * width + 2 * k;
+            pairs[k * 16 + lane] = uint32_t(float_to_bf16(line[0])) | uint32_t(float_to_bf16(line[1])) << 16;
+        }
+    }
+}
 
 void CacheMla::run(const Worker& worker) {
     const long tokens = worker.step.tokens, half = rope / 2, width = latent + rope;
@@ -111,6 +121,7 @@ void Attention::reserve(Engine& engine, const Step& step) {
     chunk_start.assign(1, 0);
     const long group = heads / kv_heads;
     for (long s = 0; s < step.sequences; ++s) {
+        if (step.is_expanded(s)) continue;
         const long lanes = (step.first_row[s + 1] - step.first_row[s]) * group;
         for (long n = 0; n < kv_heads; ++n) {
             for (long first = 0; first < lanes; first += 16) {
@@ -123,6 +134,7 @@ void Attention::reserve(Engine& engine, const Step& step) {
     }
     split = long(work.size()) < 4 * engine.threads();
     if (split) partial.array<float>(chunk_start.back() * (kLaneState + 16 * value_width));
+    reserve_expanded(step);
 }
 
 void Attention::load_queries(const Worker& worker, const Block& block, void* packed, int32_t* last_key) const {
@@ -147,20 +159,7 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
         const float* rest = r + row * r_stride + rotary_first + head * rotary_step;
         for (long k = own_width; k < key_width; ++k) line[k] = rest[k - own_width] * scale;
     }
-    // Lanes side by side for every element (f32), or for every pair of them (bf16).
-    if (!bf16) {
-        auto* out_rows = static_cast<float*>(packed);
-        for (long k = 0; k < key_width; ++k)
-            for (long lane = 0; lane < 16; ++lane) out_rows[k * 16 + lane] = rows[lane * key_width + k];
-        return;
-    }
-    auto* pairs = static_cast<uint32_t*>(packed);
-    for (long k = 0; k < key_width / 2; ++k) {
-        for (long lane = 0; lane < 16; ++lane) {
-            const float* line = rows + lane * key_width + 2 * k;
-            pairs[k * 16 + lane] = uint32_t(float_to_bf16(line[0])) | uint32_t(float_to_bf16(line[1])) << 16;
-        }
-    }
+    pack_lanes(rows, key_width, bf16, packed);
 }
 
 void Attention::attend_chunk(const Worker& worker, const Block& block, const void* queries, const int32_t* last_key,
@@ -168,7 +167,7 @@ void Attention::attend_chunk(const Worker& worker, const Block& block, const voi
     const Step& step = worker.step;
     const CacheType type = worker.engine.cache_type();
     const long key_bytes = cache_row_bytes(type, key_width), value_bytes = cache_row_bytes(type, value_width);
-    clear(state, block.lanes, value_width);
+    clear_state(state, block.lanes, value_width);
     for (long first = chunk * kChunk; first < std::min(block.keys, (chunk + 1) * kChunk); first += kPageTokens) {
         const long page = step.pages[block.sequence * step.max_pages + first / kPageTokens];
         const long count = std::min(kPageTokens, block.keys - first);
@@ -219,6 +218,11 @@ void Attention::finish(const Worker& worker, const Block& block, const float* to
 }
 
 void Attention::run(const Worker& worker) {
+    if (!expansion.sequences.empty()) run_expanded(worker);
+    run_absorbed(worker);
+}
+
+void Attention::run_absorbed(const Worker& worker) {
     const long state = kLaneState + 16 * value_width, blocks = long(work.size());
     alignas(64) int32_t last_key[16];
     float* packed = worker.engine.scratch(worker.member, 2).array<float>(key_width * 16);

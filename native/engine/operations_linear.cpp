@@ -101,23 +101,33 @@ void Linear::run(const Worker& worker) {
     }
 }
 
-void HeadLinear::run(const Worker& worker) {
-    const long tokens = worker.step.tokens, heads = long(weights.size()), cols = weights[0].cols;
+void HeadLinear::multiply_rows(const Worker& worker, long head, long first_row, long last_row) const {
+    const long tokens = last_row - first_row, cols = weights[head].cols;
     const long in_stride = worker.engine.buffer_cols(in), out_stride = worker.engine.buffer_cols(out);
-    const float* x = worker.engine.buffer(in, tokens);
-    float* y = worker.engine.buffer(out, tokens);
+    const float* rows =
+        worker.engine.buffer(in, worker.step.tokens) + first_row * in_stride + in_first + head * in_step;
+    float* y = worker.engine.buffer(out, worker.step.tokens) + first_row * out_stride + out_first + head * out_step;
+    Prepared prepared{rows, in_stride, {}, lanes_for(tokens), tokens, cols};
+    if (weights[head].quantised())
+        prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), rows, in_stride, tokens, cols,
+                                       prepared.lanes, wide);
+    multiply(worker.ops, weights[head], prepared, 0, weights[head].tiles(), y, out_stride, false);
+}
+
+void HeadLinear::run(const Worker& worker) {
+    const Step& step = worker.step;
     long first, last;
-    while (worker.next(0, heads, 1, first, last)) {
-        const float* rows = x + in_first + first * in_step;
-        Prepared prepared{rows, in_stride, {}, lanes_for(tokens), tokens, cols};
-        if (weights[first].quantised())
-            prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), rows, in_stride, tokens, cols,
-                                           prepared.lanes, wide);
-        float* out_rows = y + out_first + first * out_step;
-        multiply(worker.ops, weights[first], prepared, 0, weights[first].tiles(), out_rows, out_stride, false);
-        if (!worker.step.adapter || !adapted.any()) continue;
-        float* low = worker.engine.scratch(worker.member, 8).array<float>(tokens * adapted.width());
-        shrink(worker, adapted, rows, in_stride, 0, tokens, low, adapted.width(), first);
+    while (worker.next(0, long(weights.size()), 1, first, last)) {
+        for (long s = 0, end; s < step.sequences; s = end + 1) {  // runs of sequences that are not expanded
+            for (end = s; end < step.sequences && !step.is_expanded(end);) ++end;
+            if (end > s) multiply_rows(worker, first, step.first_row[s], step.first_row[end]);
+        }
+        if (!step.adapter || !adapted.any()) continue;
+        const long in_stride = worker.engine.buffer_cols(in), out_stride = worker.engine.buffer_cols(out);
+        const float* rows = worker.engine.buffer(in, step.tokens) + in_first + first * in_step;
+        float* out_rows = worker.engine.buffer(out, step.tokens) + out_first + first * out_step;
+        float* low = worker.engine.scratch(worker.member, 8).array<float>(step.tokens * adapted.width());
+        shrink(worker, adapted, rows, in_stride, 0, step.tokens, low, adapted.width(), first);
         expand(worker, adapted, low, adapted.width(), 0, weights[first].rows, out_rows, out_stride, first);
     }
 }

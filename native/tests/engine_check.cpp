@@ -25,7 +25,8 @@ struct Setup {
     shoal::CacheType cache;
     bool wide;
     int threads;
-    bool adapted = false;  // text 0 runs with adapter 0, text 1 with adapter 1, text 2 with none
+    bool adapted = false;   // text 0 runs with adapter 0, text 1 with adapter 1, text 2 with none
+    bool expanded = false;  // MLA: text 0 meets keys and values, whoever runs beside it latents
 };
 
 // Owns the weights that the plan points into.
@@ -66,8 +67,10 @@ class Model {
     // Logits after every token of the slices, whose texts are fixed by their number.
     Logits run(const std::vector<Slice>& slices, size_t program = 0) {
         std::vector<int32_t> token, position, first_row{0}, pages, rows, adapter;
+        std::vector<uint8_t> expanded;
         for (const Slice& slice : slices) {
             adapter.insert(adapter.end(), slice.last - slice.first, slice.text < 2 ? slice.text : -1);
+            expanded.push_back(setup_.expanded && slice.text == 0);
             for (long t = slice.first; t < slice.last; ++t) {
                 token.push_back(int32_t((t * t * 7 + t * 13 + slice.text * 31) % kVocabulary));
                 position.push_back(int32_t(t));
@@ -89,6 +92,7 @@ class Model {
         step.logits = logits.data();
         step.source = rows.data();
         step.adapter = setup_.adapted && program == 0 ? adapter.data() : nullptr;
+        step.expanded = expanded.data();
         engine_.run(program, step);
         return logits;
     }
@@ -182,8 +186,18 @@ class Model {
         cache.latent = kLatent, cache.compressed = compressed, cache.norm = ones(kLatent), cache.eps = 1e-6f;
         cache.cosines = cosines_, cache.sines = sines_, cache.interleave = true;
         heads(query, head, matrix(kLatent, kNope, 0.4f, kHeads), absorbed, kLatent);
-        attention(layer, absorbed, kLatent, query, kNope, head, 1, kLatent + rope, kLatent, weighted);
-        heads(weighted, kLatent, matrix(kValue, kLatent, 0.4f, kHeads), values, kValue);
+        auto& op = attention(layer, absorbed, kLatent, query, kNope, head, 1, kLatent + rope, kLatent, weighted);
+        const PackedMatrix to_values = matrix(kValue, kLatent, 0.4f, kHeads);
+        if (setup_.expanded) {
+            PackedMatrix key = matrix(kNope, kLatent, 0.4f, kHeads), value = to_values;
+            for (long n = 0; n < kHeads; ++n, key.data += key.bytes(), value.data += value.bytes()) {
+                op.expansion.keys.push_back(key);
+                op.expansion.values.push_back(value);
+            }
+            op.expansion.rope = rope, op.expansion.out = values, op.expansion.wide = setup_.wide;
+            op.expansion.memory = &expansion_memory_;
+        }
+        heads(weighted, kLatent, to_values, values, kValue);
         linear(values, nullptr, {{matrix(kHidden, kHeads * kValue, 0.3f), hidden_}}, true);
     }
 
@@ -205,14 +219,15 @@ class Model {
         linear(attended, nullptr, {{matrix(kHidden, heads * width, 0.3f), hidden_}}, true);
     }
 
-    void attention(long layer, long query, long query_step, long rotary, long rotary_first, long rotary_step,
-                   long kv_heads, long key_width, long value_width, long out) {
+    shoal::Attention& attention(long layer, long query, long query_step, long rotary, long rotary_first,
+                                long rotary_step, long kv_heads, long key_width, long value_width, long out) {
         auto& op = add<shoal::Attention>();
         op.layer = layer, op.query = query, op.query_step = query_step;
         op.rotary = rotary, op.rotary_first = rotary_first, op.rotary_step = rotary_step;
         op.heads = setup_.mla ? kHeads : 4, op.kv_heads = kv_heads;
         op.key_width = key_width, op.value_width = value_width;
         op.shared_values = setup_.mla, op.scale = 0.3f, op.out = out;
+        return op;
     }
 
     void feed_forward(bool experts) {
@@ -250,6 +265,7 @@ class Model {
     }
 
     Setup setup_;
+    shoal::Expansion::Memory expansion_memory_;
     shoal::Engine engine_;
     long hidden_, cosines_, sines_;
     uint32_t seed_ = 1;
@@ -308,8 +324,8 @@ int check(Setup setup, const char* isa) {
         Model model(setup);
         const auto expect = [&](const char* what, bool ok) {
             if (!ok)
-                std::fprintf(stderr, "%s, %s, packing %d, %d threads: %s\n", isa, setup.mla ? "MLA" : "GQA",
-                             int(setup.packing), threads, what);
+                std::fprintf(stderr, "%s, %s%s, packing %d, %d threads: %s\n", isa, setup.mla ? "MLA" : "GQA",
+                             setup.expanded ? " expanded" : "", int(setup.packing), threads, what);
             failed += !ok;
         };
         const Logits all = whole(model);
@@ -364,13 +380,16 @@ int main() {
         shoal::select_isa(ops->isa);
         ++(check_cache_rows(*ops) ? failed : passed);
         for (const bool mla : {false, true}) {
-            for (const Setup& setup :
+            for (Setup setup :
                  {Setup{mla, Packing::f32, CacheType::f32, false, 1},
                   Setup{mla, Packing::bf16, CacheType::bf16, false, 1},
                   Setup{mla, Packing::q8, CacheType::bf16, true, 1}, Setup{mla, Packing::q4, CacheType::int8, false, 1},
                   Setup{mla, Packing::q4m, CacheType::f32, true, 1},
                   Setup{mla, mla ? Packing::q8 : Packing::f32, CacheType::bf16, mla, 1, true}}) {
-                ++(check(setup, ops->isa) ? failed : passed);
+                for (setup.expanded = false;; setup.expanded = true) {
+                    ++(check(setup, ops->isa) ? failed : passed);
+                    if (!mla || setup.adapted || setup.expanded) break;
+                }
             }
         }
         std::printf("%-8s executor %s\n", ops->isa, failed ? "FAILED" : "ok");

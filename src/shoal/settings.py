@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from shoal.errors import ConfigError
 
@@ -79,6 +80,30 @@ def hub_endpoint() -> str | None:
     if not text.startswith(("https://", "http://")):
         raise ConfigError("HF_ENDPOINT", f"must start with https:// or http://, got {text!r}")
     return text.rstrip("/")
+
+
+class Launched(NamedTuple):
+    """A process that a launcher started as one of several: its number, that number on its machine, and how many."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+
+def launched() -> Launched | None:
+    """`RANK`, `LOCAL_RANK` and `WORLD_SIZE`, as torchrun and its like set them; None: this process is on its own."""
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return None
+    rank = os.environ.get("RANK", "")
+    given = {"WORLD_SIZE": text, "RANK": rank, "LOCAL_RANK": os.environ.get("LOCAL_RANK", rank)}
+    for name, value in given.items():
+        if not (value.isascii() and value.isdigit()) or not (name == "WORLD_SIZE") <= int(value[:9]) < 1 << 20:
+            raise ConfigError(name, f"must be a whole number as torchrun sets it, got {value!r}")
+    world, number, local = (int(value) for value in given.values())
+    if number >= world:
+        raise ConfigError("RANK", f"must be less than the WORLD_SIZE of {world}, got {number}")
+    return Launched(number, local, world) if world > 1 else None
 
 
 def one_thread_each() -> None:

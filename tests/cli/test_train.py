@@ -101,3 +101,22 @@ def test_a_step_in_one_line():
         "step 3/9  loss 2.5000  held-out 2.7500  lr 1.00e-03  grad 0.50  1234 tok/s  25% of the matrix rate"
         "  balance 0.50  2 idle experts  1:02:05 left"
     )
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "problem"),
+    [
+        ({}, ["parallel.expert=3"], "parallel.expert: 3 does not divide 16 experts"),
+        ({}, ["parallel.expert=2"], "parallel.expert: 2 needs as many processes; start them with torchrun"),
+        ({"WORLD_SIZE": "two"}, [], "WORLD_SIZE: must be a whole number as torchrun sets it, got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, [], "RANK: must be less than the WORLD_SIZE of 2, got 2"),
+        ({"WORLD_SIZE": "2"}, [], "RANK: must be a whole number as torchrun sets it, got ''"),
+    ],
+)
+def test_processes_that_do_not_fit_the_recipe_are_named(shoal, monkeypatch, tmp_path, environment, arguments, problem):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = shoal("train", "smoke", "--out", str(tmp_path / "run"), *arguments)
+    assert result.code == 2
+    assert problem in result.err
+    assert not (tmp_path / "run").exists()

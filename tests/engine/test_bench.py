@@ -120,8 +120,12 @@ def test_generated_tokens_are_random(monkeypatch, checkpoint):
 
 
 def test_bytes_of_a_step(checkpoint):
-    """One sequence reads each layer's ACTIVE experts; all packed bytes are the step's, the experts' and the table's."""
-    core = open_core(checkpoint, [Case(prompt=8, gen=4)], threads=1)
+    """One sequence reads each layer's ACTIVE experts; all packed bytes are the step's, the experts' and the table's.
+
+    What only long prompts read is none of a step's."""
+    core = open_core(checkpoint, [Case(prompt=8, gen=4)], threads=1, prefill="absorbed")
+    expanding = open_core(checkpoint, [Case(prompt=8, gen=4)], threads=1, prefill="expanded")
+    assert expanding.step_bytes == core.step_bytes and expanding.weight_bytes > core.weight_bytes
     measured = Bench(core, checkpoint.config).measure(Case(prompt=8, gen=4), repeats=2)
     q8 = 2
 

@@ -14,6 +14,7 @@ from tests.model.test_parity import CASES
 
 from shoal.engine.machine import available_bytes, usable_cpus
 from shoal.engine.memory import cache_bytes, weight_bytes
+from shoal.engine.prefill import expands_from
 from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint
 
@@ -134,7 +135,7 @@ def test_the_size_of_the_weights_is_known_before_they_are_read(name: str, scheme
         for name, tensor in checkpoint.tensors.items()
         if len(tensor.shape) == 1 or name.endswith(".mlp.gate.weight")
     }
-    estimate = weight_bytes(checkpoint, checkpoint.config, scheme)
+    estimate = weight_bytes(checkpoint, checkpoint.config, scheme, expand=expands_from(checkpoint.config) is not None)
     # The plan counts matrices; norms, biases and routers come on top.
     assert packed < estimate <= packed + sum(4 * tensor.read().size + 4096 for tensor in small.values())
 
@@ -154,8 +155,9 @@ def test_a_prediction_layer_counts_where_it_is_used(monkeypatch: pytest.MonkeyPa
     ahead = open_tiny(checkpoint, look_ahead=True)._core
     assert ahead.looks_ahead
     assert cache_bytes(checkpoint.config, "f32", 1024) == ahead.cache_bytes > without.cache_bytes
-    more = weight_bytes(checkpoint, checkpoint.config, "f32") - weight_bytes(
-        checkpoint, replace(checkpoint.config, num_nextn_predict_layers=0), "f32"
+    plain = replace(checkpoint.config, num_nextn_predict_layers=0)
+    more = weight_bytes(checkpoint, checkpoint.config, "f32", expand=True) - weight_bytes(
+        checkpoint, plain, "f32", expand=True
     )
     assert 0 < ahead.weight_bytes - without.weight_bytes <= more
     left = ahead.weight_bytes + ahead.cache_bytes - 1

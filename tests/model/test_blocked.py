@@ -84,3 +84,23 @@ def test_training_in_bfloat16_takes_the_blocks_and_inference_does_not(packed, mo
     gradients = [torch.autograd.grad(x.float().square().sum(), (q, k, v)) for x in (out, wide)]
     for ours, theirs in [(out.float(), wide), *zip(*gradients, strict=True)]:
         assert ((ours - theirs).norm() / theirs.norm()).item() < 0.02
+
+
+def test_shared_key_heads_take_the_blocks_under_a_mask_alone(monkeypatch):
+    taken = []
+
+    def spy(*args):
+        taken.append(args)
+        return attend_in_blocks(*args)
+
+    monkeypatch.setattr(attend_module, "attend_in_blocks", spy)
+    tokens, generator = 130, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, heads, 8, generator=generator).bfloat16().requires_grad_() for heads in (6, 2, 2))
+    mask = attention_mask(tokens, tokens, documents(tokens), q.device)
+    attend(q, k, v, None, 0.7)
+    assert not taken
+    out, wide = attend(q, k, v, mask, 0.7), attend(q.float(), k.float(), v.float(), mask, 0.7)
+    assert len(taken) == 1
+    gradients = [torch.autograd.grad(x.float().square().sum(), (q, k, v)) for x in (out, wide)]
+    for ours, theirs in [(out.float(), wide), *zip(*gradients, strict=True)]:
+        assert ((ours - theirs).norm() / theirs.norm()).item() < 0.02

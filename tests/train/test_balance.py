@@ -8,9 +8,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
-
 from shoal.config import MLAConfig, ModelConfig, MoEConfig  # noqa: E402
 from shoal.model import Model, Routing, random_model  # noqa: E402
 from shoal.train.balance import RouterBalance  # noqa: E402
@@ -103,23 +100,11 @@ def test_a_collapsed_router_evens_out():
     assert balance.statistics()[1].max_vio < 0.3
 
 
-def _rank(rank: int, store: str, queue) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model, balance = random_model(tiny(), 0), RouterBalance(0.25)
-    balance.observe({1: routing([[0, 0, 0, 0], [1, 1, 2, 2]][rank]), 2: routing([rank])})
+def test_processes_share_their_counts():
+    """The picks of another process are added before anything moves. (Real processes: test_parallel.py.)"""
+    others = torch.tensor([[0, 2, 2, 0], [0, 1, 0, 0]])
+    model, balance = random_model(tiny(), 0), RouterBalance(0.25, lambda counts_LE: counts_LE + others)
+    balance.observe({1: routing([0, 0, 0, 0]), 2: routing([0])})
     balance.update(model)
-    queue.put((bias(model, 1), balance.statistics()[1].load))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_ranks_share_their_counts(tmp_path):
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    assert [queue.get(), queue.get()] == [([-0.25, 0, 0, 0.25], [4, 2, 2, 0])] * 2
+    assert bias(model, 1) == [-0.25, 0, 0, 0.25]
+    assert balance.statistics()[1].load == [4, 2, 2, 0]

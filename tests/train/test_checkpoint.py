@@ -175,9 +175,56 @@ def test_a_checkpoint_of_another_shape_is_refused(recipe, run, tmp_path, part):
     """The recipe that is stored beside it normally says so first; tensors are checked all the same."""
     run(recipe, tmp_path / "run", until=2)
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints", silent)
-    state = {name: saved.tensors(name) for name in saved.files}
+    state = {name: saved.tensors(name) for name in saved.parts}
     name = next(name for name, value in state[part].items() if name.endswith("lm_head.weight") and value.dim())
     state[part][name] = state[part][name][:-1]
     checkpoint.save(tmp_path / "run" / "checkpoints", 3, state, saved.meta, keep=1)
     with pytest.raises(FileError, match=r"lm_head\.weight: has shape \[256, 16\], the recipe asks for \[257, 16\]"):
         run(recipe, tmp_path / "run")
+
+
+def in_pieces(folder, change=lambda places: None):
+    """A checkpoint of a 5 × 2 tensor that two processes have written, three rows and two."""
+    path, whole = folder / "step-00000007", torch.arange(10.0).view(5, 2)
+    path.mkdir(parents=True)
+    files = {}
+    for rank, rows in enumerate((slice(0, 3), slice(3, 5))):
+        places = {"x": ([rows.start, 0], [5, 2])}
+        if rank:
+            change(places)
+        files |= checkpoint.write_part(path / f"model-{rank:05d}.safetensors", {"x": whole[rows]}, places)
+    checkpoint.seal(path, 7, files, {})
+    return whole
+
+
+def test_pieces_become_whole(tmp_path):
+    whole = in_pieces(tmp_path)
+    saved = checkpoint.newest(tmp_path, silent)
+    assert torch.equal(saved.tensors("model")["x"], whole)
+    assert saved.parts["model"]["x"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda places: places.update(x=([3, 0], [6, 2])), "does not say where its pieces belong"),
+        (lambda places: places.update(x=([4, 0], [5, 2])), "does not say where its pieces belong"),
+        (lambda places: places.update(x=([-1, 0], [5, 2])), "does not say where its pieces belong"),
+        (lambda places: places.update(x=(["a", 0], [5, 2])), "does not say where its pieces belong"),
+        (lambda places: places.pop("x"), "does not say where its pieces belong"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_refused(tmp_path, change, problem):
+    in_pieces(tmp_path, change)
+    with pytest.raises(FileError, match=problem):
+        checkpoint.newest(tmp_path, silent)
+
+
+def test_a_missing_piece_is_noticed(tmp_path):
+    in_pieces(tmp_path)
+    state = tmp_path / "step-00000007" / "state.json"
+    content = json.loads(state.read_text())
+    del content["files"]["model-00000.safetensors"]
+    state.write_text(json.dumps(content))
+    with pytest.raises(FileError, match="x: holds 4 of the 10 values of model"):
+        checkpoint.newest(tmp_path, silent)

@@ -75,6 +75,24 @@ def test_a_resumed_run_is_equal_to_the_last_bit(recipe, run, read_losses, tmp_pa
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_a_compiled_run_takes_the_same_steps(recipe, run, read_losses, tmp_path):
+    """With layers that are compiled, and made again in the backward pass."""
+    recipe = replace(recipe, steps=3, activation_checkpointing=True)
+    recipe = replace(recipe, model=replace(recipe.model, num_nextn_predict_layers=0))
+    run(recipe, tmp_path / "plain")
+    torch._dynamo.utils.counters.clear()
+    run(replace(recipe, compile=True), tmp_path / "compiled")
+    counters = torch._dynamo.utils.counters
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])  # only where we said so
+    assert counters["stats"]["unique_graphs"] >= 4  # both kinds of layer, around what is left out
+    for (_, loss, norm), (_, expected, length) in zip(
+        read_losses(tmp_path / "compiled"), read_losses(tmp_path / "plain"), strict=True
+    ):
+        assert (loss, norm) == (pytest.approx(expected, rel=1e-3), pytest.approx(length, rel=3e-2))
+
+
 def test_steps_past_the_checkpoint_are_done_again_and_logged_once(recipe, run, read_losses, tmp_path):
     run(recipe, tmp_path / "run")
     whole = read_losses(tmp_path / "run")

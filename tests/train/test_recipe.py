@@ -38,6 +38,7 @@ def recipe():
         ({"compile": 1}, "compile: must be true or false"),
         ({"schedule": settings.ScheduleSettings(warmup=7)}, "warmup: 7 exceeds the 6 steps"),
         ({"sequence_length": 2, "steps": 6}, "sequence_length: 2 leaves the MTP layers nothing"),
+        ({"parallel": settings.ParallelSettings(expert=3)}, r"parallel\.expert: 3 does not divide 4 experts"),
     ],
 )
 def test_an_impossible_recipe_names_field_and_value(recipe, changes, problem):
@@ -53,11 +54,32 @@ def test_an_impossible_recipe_names_field_and_value(recipe, changes, problem):
         (lambda: settings.CheckpointSettings(keep=0), r"checkpoint\.keep: must be a whole number from 1"),
         (lambda: settings.SampleSettings(prompts=("",)), r"samples\.prompts: must be texts"),
         (lambda: settings.RouterSettings(bias_speed=-1), r"router\.bias_speed"),
+        (lambda: settings.ParallelSettings(expert=0), r"parallel\.expert: must be a whole number from 1"),
+        (lambda: settings.ParallelSettings(timeout=0.1), r"parallel\.timeout: must be a number from 1"),
     ],
 )
 def test_an_impossible_part_names_its_dotted_key(make, problem):
     with pytest.raises(ConfigError, match=problem):
         make()
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "problem"),
+    [
+        (3, {}, "batch: 4 is not shared evenly by 3 processes of micro_batch 2"),
+        (4, {}, "batch: 4 is not shared evenly by 4 processes of micro_batch 2"),
+        (3, {"batch": 6, "parallel": settings.ParallelSettings(expert=2)}, r"parallel\.expert: 2 does not divide 3"),
+        (
+            1,
+            {"parallel": settings.ParallelSettings(expert=2)},
+            r"parallel\.expert: 2 needs .* start them with torchrun",
+        ),
+    ],
+)
+def test_processes_that_cannot_share_a_run_are_refused(recipe, world, changes, problem):
+    recipe.check_world(2)
+    with pytest.raises(ConfigError, match=problem):
+        replace(recipe, **changes).check_world(world)
 
 
 def test_overrides_change_what_they_name_in_its_own_type(recipe):

@@ -27,6 +27,7 @@ def run(
     weights: Annotated[str, typer.Option(help="auto (as in the file), or f32, bf16, q8, q4, q4m.")] = "auto",
     activations: Annotated[str, typer.Option(help="auto, int8 or int16, where they meet quantised weights.")] = "auto",
     cache: Annotated[str, typer.Option(help="f32, bf16 or int8, the precision of the attention cache.")] = "bf16",
+    prefill: Annotated[str, typer.Option(help="auto, absorbed or expanded: MLA's form over prompts.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each row; shown are median, least and most.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines also on a terminal.")] = False,
 ) -> None:
@@ -52,10 +53,11 @@ def run(
     started = time.perf_counter()
     checkpoint = open_checkpoint(hub.resolve(model))
     core = open_core(
-        checkpoint, cases, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache
-    )
+        checkpoint, cases, threads=threads or settings.threads(), weights=weights, activations=activations,
+        cache=cache, prefill=prefill,
+    )  # fmt: skip
     facts = {"model": model, "threads": core.threads, "isa": isa, "weights": weights, "activations": activations}
-    facts |= {"cache": cache, "load_seconds": time.perf_counter() - started}
+    facts |= {"cache": cache, "prefill": prefill, "load_seconds": time.perf_counter() - started}
     bench = Bench(core, checkpoint.config)
     table = sys.stdout.isatty() and not as_json
     rows = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli import data_select
 from shoal.cli.console import Meter, human_count, note, print_pairs, write_json
 from shoal.errors import ConfigError
 
@@ -163,6 +164,10 @@ def tokenizer(
     require_empty(out)
     train_on_folder(folder, out, vocab_size=vocab_size, seed=seed)
     print(out)
+
+
+app.command()(data_select.select)
+app.command()(data_select.prove)
 
 
 class Stages(contextlib.ExitStack):

@@ -39,29 +39,38 @@ def run(
     DIR gets log.jsonl (a line a step), checkpoints/ and, at the end, model/: a Hugging Face folder that Shoal,
     transformers and others load. Ctrl-C and SIGTERM save and end; so does touching DIR/STOP; DIR/SAVE saves.
 
+    Under torchrun, processes share the run: weights are cut over them, experts dealt out with parallel.expert=N. DIR
+    must lie where all of them see it. Any number of processes goes on with the checkpoints of any other.
+
     --steps ends early without changing the learning rate's schedule, which is laid out over the recipe's own steps.
 
     [bold]Examples[/bold]
       shoal train smoke --out runs/smoke
       shoal train smoke --out runs/wide model.moe.n_routed_experts=32 optimiser.lr=2e-3
       shoal train ./my/recipe.py --dry-run
+      torchrun --nproc-per-node 2 -m shoal train smoke --out runs/two parallel.expert=2
     """
     with needs_torch("training"):
         from shoal.train.find import find_recipe
         from shoal.train.loop import train
         from shoal.train.overrides import override
-    found = find_recipe(recipe)
-    settings = override(found.recipe, changes or [])
-    if dry_run:
-        show_recipe(settings if steps is None else replace(settings, steps=max(steps, settings.steps)), as_json)
-        return 0
-    if out is None:
-        raise typer.BadParameter("is needed: the folder for log, checkpoints and model", param_hint="--out")
-    use_threads()
-    with Screen() as screen:
-        outcome = train(settings, out, screen, until=steps, prepare=found.prepare)
-    show_outcome(outcome, out, as_json)
-    return 0 if outcome.signal is None else 128 + outcome.signal
+        from shoal.train.process import launched
+    with launched() as process:
+        found = find_recipe(recipe)
+        settings = override(found.recipe, changes or [])
+        if dry_run:
+            settings = settings if steps is None else replace(settings, steps=max(steps, settings.steps))
+            if process.leads:
+                show_recipe(settings, as_json)
+            return 0
+        if out is None:
+            raise typer.BadParameter("is needed: the folder for log, checkpoints and model", param_hint="--out")
+        use_threads()
+        with Screen() as screen:
+            outcome = train(settings, out, screen, until=steps, prepare=found.prepare, process=process)
+        if process.leads:
+            show_outcome(outcome, out, as_json)
+        return 0 if outcome.signal is None else 128 + outcome.signal
 
 
 def use_threads() -> None:

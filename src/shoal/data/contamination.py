@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,26 +46,36 @@ def load_evaluations(paths: tuple[Path, ...]) -> Evaluations:
     Raises:
         FileError: a file is missing, damaged, or holds nothing to look for.
     """
+
+    def items() -> Iterator[list[str]]:
+        for path in paths:
+            item = None
+            for item in _items(path):
+                yield item
+            if item is None:
+                raise FileError(path, "holds no evaluation items")
+
+    return fingerprints(items())
+
+
+def fingerprints(evaluation: Iterable[list[str]]) -> Evaluations:
+    """Fingerprints of evaluation items, each the texts that it consists of."""
     runs: dict[int, list[NDArray[np.uint64]]] = {}
     by_line: dict[str, list[int]] = {}
     telling: list[int] = []
     items = 0
-    for path in paths:
-        before = items
-        for strings in _items(path):
-            items += 1
-            for text in strings:
-                hashes = hash_words(tokens(Document(id="", text=text)))
-                if len(hashes) >= MIN_RUN:
-                    n = min(RUN, len(hashes))
-                    runs.setdefault(n, []).append(ngram_hashes(hashes, n))
-            found = {line for text in strings for line in _telling_lines(text)}
-            if len(found) >= MIN_LINES:
-                for line in found:
-                    by_line.setdefault(line, []).append(len(telling))
-                telling.append(len(found))
-        if items == before:
-            raise FileError(path, "holds no evaluation items")
+    for strings in evaluation:
+        items += 1
+        for text in strings:
+            hashes = hash_words(tokens(Document(id="", text=text)))
+            if len(hashes) >= MIN_RUN:
+                n = min(RUN, len(hashes))
+                runs.setdefault(n, []).append(ngram_hashes(hashes, n))
+        found = {line for text in strings for line in _telling_lines(text)}
+        if len(found) >= MIN_LINES:
+            for line in found:
+                by_line.setdefault(line, []).append(len(telling))
+            telling.append(len(found))
     return Evaluations(
         {n: np.unique(np.concatenate(found)) for n, found in sorted(runs.items())}, by_line, telling, items
     )

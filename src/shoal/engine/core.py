@@ -22,6 +22,7 @@ from shoal.engine.machine import usable_cpus
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
 from shoal.engine.plan import PAGE_TOKENS, Moments, cache_widths, write_plan
+from shoal.engine.prefill import expand_from
 from shoal.engine.routing import Routing, Step, read_routing
 from shoal.engine.sampler import likeliest, log_total
 from shoal.engine.scheduler import Scheduler, Slice
@@ -55,6 +56,7 @@ class _Batch:
     first_row: NDArray[np.int32]
     pages: NDArray[np.int32]
     wanted: NDArray[np.int32]
+    expanded: NDArray[np.uint8]
     adapter: NDArray[np.int32] | None  # of each row, if any has one
 
 
@@ -87,6 +89,7 @@ class Core:
         max_running: most sequences that run at once.
         known_ids: ids from here on are padding of the embedding table and are never chosen.
         look_ahead: guess one token ahead with the model's multi-token-prediction layer, if it has one.
+        prefill: `auto`, `absorbed` or `expanded`: form of a latent model's attention over prompts (`engine.prefill`).
         step_tokens, mixed_tokens: see `Scheduler`; they change speed, never results.
         moments: to be filled with what every matrix meets (`plan.write_plan`), for calibration.
     """
@@ -103,6 +106,7 @@ class Core:
         max_running: int = 64,
         known_ids: int | None = None,
         look_ahead: bool = False,
+        prefill: str = "auto",
         step_tokens: int = STEP_TOKENS,
         mixed_tokens: int = MIXED_TOKENS,
         moments: Moments | None = None,
@@ -113,11 +117,16 @@ class Core:
         if cache != "f32" and any(width % 2 for width in cache_widths(config)):  # only a latent's width can be odd
             raise ConfigError("kv_lora_rank", f"is odd, which a {cache} cache cannot hold; choose cache f32")
         wide = _wide(activations, config)
-        check_memory(checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens, look_ahead=look_ahead)
+        expand = expand_from(prefill, config)
+        check_memory(
+            checkpoint, weights=weights, cache=cache, cache_tokens=cache_tokens, look_ahead=look_ahead,
+            expand=expand is not None,
+        )  # fmt: skip
         self.threads = threads or usable_cpus()
         plan = write_plan(
-            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead, moments=moments
-        )
+            checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead,
+            expand=expand is not None, moments=moments,
+        )  # fmt: skip
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
         self.weight_bytes = plan.weight_bytes
@@ -135,7 +144,7 @@ class Core:
         self._adapters: dict[int, PackedAdapter] = {}
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
-            self._pool, step_tokens=step_tokens, mixed_tokens=mixed_tokens, max_running=max_running
+            self._pool, step_tokens=step_tokens, mixed_tokens=mixed_tokens, max_running=max_running, expand_from=expand
         )
         self._turn = threading.Condition(threading.Lock())  # guards the scheduler; notified after every step
         self._stepping = False
@@ -279,6 +288,7 @@ class Core:
             first_row=np.array(first_row, np.int32),
             pages=table,
             wanted=np.array(wanted, np.int32),
+            expanded=np.array([piece.expanded for piece in slices], np.uint8),
             adapter=adapter,
         )
 
@@ -291,8 +301,9 @@ class Core:
         started = time.perf_counter()
         try:
             self._engine.run(
-                batch.tokens, batch.positions, batch.first_row, batch.pages, batch.wanted, logits, adapter=batch.adapter
-            )
+                batch.tokens, batch.positions, batch.first_row, batch.pages, batch.wanted, logits,
+                adapter=batch.adapter, expanded=batch.expanded,
+            )  # fmt: skip
         except Exception as error:
             for piece in batch.slices:
                 piece.sequence.fail(error)
@@ -370,6 +381,7 @@ class Core:
             logits,
             1,
             np.concatenate([np.arange(n, dtype=np.int32) + batch.first_row[index] for index, _, n in going]),
+            expanded=batch.expanded[[index for index, _, _ in going]],
         )
         for i, logits_V in zip(guessing, logits, strict=True):
             sequence = going[i][1].sequence

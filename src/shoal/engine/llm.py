@@ -55,6 +55,8 @@ class LLM:
         weights: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack the large matrices.
         activations: `int8` or `int16` where they meet quantised weights; `auto` chooses by the kind of model.
         cache: `bf16`, `int8` or `f32`, the precision of the attention cache.
+        prefill: form of a latent model's attention over prompts: `auto` takes the cheaper one, `absorbed` keeps every
+            bit the same however much of a prompt the cache already knew (`engine.prefill`).
         cache_tokens: tokens that the cache holds over all running requests; at least one whole context.
         max_running: most requests that run at once; others wait for their turn.
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
@@ -76,6 +78,7 @@ class LLM:
         weights: str = "auto",
         cache: str = "bf16",
         activations: str = "auto",
+        prefill: str = "auto",
         cache_tokens: int | None = None,
         max_running: int = 64,
         speculate: int = 0,
@@ -120,7 +123,7 @@ class LLM:
         self._core = Core(
             checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
             cache_tokens=cache_tokens, max_running=max_running, known_ids=known_ids,
-            look_ahead=look_ahead,
+            look_ahead=look_ahead, prefill=prefill,
         )  # fmt: skip
 
     def load_adapter(self, name: str, path: str | Path) -> None:

@@ -18,14 +18,20 @@ GB = 1e9
 
 
 def check_memory(
-    checkpoint: Checkpoint, *, weights: str, cache: str, cache_tokens: int, look_ahead: bool = False
+    checkpoint: Checkpoint,
+    *,
+    weights: str,
+    cache: str,
+    cache_tokens: int,
+    look_ahead: bool = False,
+    expand: bool = False,
 ) -> None:
     """Raise ConfigError, with the numbers, if weights and cache cannot fit into the memory that is left.
 
     The cache counts in full although the system provides it page by page: a request must not end the process."""
     looks_ahead = look_ahead and checkpoint.config.num_nextn_predict_layers > 0
     config = replace(checkpoint.config, num_nextn_predict_layers=int(looks_ahead))
-    matrices = weight_bytes(checkpoint, config, weights)
+    matrices = weight_bytes(checkpoint, config, weights, expand=expand)
     pages = cache_bytes(config, cache, cache_tokens)
     left = available_bytes()
     if matrices + pages <= left:
@@ -43,8 +49,10 @@ def check_memory(
     )
 
 
-def weight_bytes(checkpoint: Checkpoint, config: ModelConfig, scheme: str) -> int:
-    """Bytes of the weights that `config` asks for, once packed under a scheme (`engine.packing`)."""
+def weight_bytes(checkpoint: Checkpoint, config: ModelConfig, scheme: str, *, expand: bool = False) -> int:
+    """Bytes of the weights that `config` asks for, once packed under a scheme (`engine.packing`).
+
+    `expand`: with what MLA's expanded form needs."""
     total = 0
     for name, shape in expected_tensors(config).items():
         tensor = checkpoint.tensors.get(name)
@@ -55,7 +63,8 @@ def weight_bytes(checkpoint: Checkpoint, config: ModelConfig, scheme: str) -> in
         elif name.endswith(".mlp.gate.weight"):
             total += native.packed_bytes(PACKINGS["f32"], *shape)
         else:
-            total += sum(_packed(part, part_shape, scheme) for part, part_shape in _parts(config, tensor, shape))
+            parts = _parts(config, tensor, shape, expand=expand)
+            total += sum(_packed(part, part_shape, scheme) for part, part_shape in parts)
     return total
 
 
@@ -65,14 +74,18 @@ def _packed(tensor: LazyTensor, shape: tuple[int, ...], scheme: str) -> int:
     return math.prod(stack) * each
 
 
-def _parts(config: ModelConfig, tensor: LazyTensor, shape: tuple[int, ...]) -> list[tuple[LazyTensor, tuple[int, ...]]]:
-    """What a weight is packed as: itself, or the two halves of absorbed attention."""
+def _parts(
+    config: ModelConfig, tensor: LazyTensor, shape: tuple[int, ...], *, expand: bool
+) -> list[tuple[LazyTensor, tuple[int, ...]]]:
+    """What a weight is packed as: itself, or the halves of absorbed attention and, turned round, the first again."""
     mla = config.attention
     if not isinstance(mla, MLAConfig) or not tensor.name.endswith(".kv_b_proj.weight"):
         return [(tensor, shape)]
     heads, latent = mla.num_attention_heads, mla.kv_lora_rank
-    shapes = ((heads, latent, mla.qk_nope_head_dim), (heads, mla.v_head_dim, latent))
-    return list(zip(tensor.split or (tensor, tensor), shapes, strict=True))
+    keys, values = tensor.split or (tensor, tensor)
+    parts: list[tuple[LazyTensor, tuple[int, ...]]]
+    parts = [(keys, (heads, latent, mla.qk_nope_head_dim)), (values, (heads, mla.v_head_dim, latent))]
+    return [*parts, (keys, (heads, mla.qk_nope_head_dim, latent))] if expand else parts
 
 
 def cache_bytes(config: ModelConfig, cache: str, cache_tokens: int) -> int:

@@ -51,9 +51,11 @@ class _Writer:
     scheme: str
     threads: int
     moments: Moments | None = None
+    expand: bool = False
     weights: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
     expert_bytes: int = 0  # of them, routed experts, which a step reads only in part
+    prompt_bytes: int = 0  # of them, what only long prompts read
     buffers: dict[str, int] = field(default_factory=dict)
     adaptable: dict[str, int] = field(default_factory=dict)
 
@@ -114,6 +116,7 @@ def write_plan(
     scheme: str = "auto",
     wide: bool = False,
     look_ahead: bool = False,
+    expand: bool = False,
     moments: Moments | None = None,
     states_of: Plan | None = None,
 ) -> Plan:
@@ -122,6 +125,7 @@ def write_plan(
     Args:
         scheme: `auto` keeps the file's own precision; `f32`, `bf16`, `q8`, `q4`, `q4m` repack every large matrix.
         wide: activations of 16 bits, not 8, where they meet quantised weights.
+        expand: also write MLA's expanded form, for the sequences that a step names.
         look_ahead: also write the first multi-token-prediction layer, if the model has one, as program 1.
         moments: a dictionary to fill: by name of a matrix [rows, cols] or stack [count, rows, cols], an array
             [count, cols + 1] to which every step adds the squares of each input column and, last, the number of inputs.
@@ -136,7 +140,7 @@ def write_plan(
         )
     engine = native.Engine(threads, wide, wide)
     out = _Writer(
-        checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments,
+        checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments, expand=expand,
         weights={} if states_of is None else states_of.weights,
     )  # fmt: skip
     hidden = out.buffer("hidden", config.hidden_size)
@@ -152,7 +156,7 @@ def write_plan(
         _write_layer(out, layer, moe=config.is_moe_layer(layer))
     head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     out.engine.head(hidden, final_norm, config.rms_norm_eps, head, out.watch([head_name]))
-    step_bytes = out.weight_bytes - out.expert_bytes - (0 if head is table else table.nbytes)
+    step_bytes = out.weight_bytes - out.expert_bytes - out.prompt_bytes - (0 if head is table else table.nbytes)
     looks_ahead = look_ahead and config.num_nextn_predict_layers > 0
     if looks_ahead:
         _write_look_ahead(out, table, head, final_norm)
@@ -246,13 +250,16 @@ def _write_mla(out: _Writer, mla: MLAConfig, layer: int) -> None:
         layer, query, heads, nope, rope, latent, compressed, out.array(f"{prefix}kv_a_layernorm.weight"),
         LATENT_NORM_EPS, out.buffers["cosines"], out.buffers["sines"], config.rope.interleave,
     )  # fmt: skip
-    up_keys, up_values = out.once(f"{prefix}kv_b_proj.weight", lambda: _absorbed(out, mla, f"{prefix}kv_b_proj.weight"))
+    name = f"{prefix}kv_b_proj.weight"
+    up_keys, up_values = out.once(name, lambda: _absorbed(out, mla, name))
+    expand_keys = out.once(f"{name} of keys", lambda: _expanding(out, mla, name)) if out.expand else None
     in_latent, weighted = out.buffer("query_latent", heads * latent), out.buffer("weighted", heads * latent)
     values = out.buffer("values", heads * mla.v_head_dim)
     keys_number = out.engine.head_linear(up_keys, query, 0, mla.qk_head_dim, in_latent, 0, latent)
     out.engine.attention(
         layer, in_latent, latent, query, nope, mla.qk_head_dim, heads, 1, latent + rope, latent, True,
         positions.softmax_scale(config.attention, config.rope), weighted,
+        expand_keys, up_values if out.expand else None, values,
     )  # fmt: skip
     values_number = out.engine.head_linear(up_values, weighted, 0, latent, values, 0, mla.v_head_dim)
     out.adaptable |= {f"{prefix}kv_b_proj/keys": keys_number, f"{prefix}kv_b_proj/values": values_number}
@@ -273,6 +280,22 @@ def _absorbed(out: _Writer, mla: MLAConfig, name: str) -> tuple[native.Packed, n
     values = pack_array(both[:, mla.qk_nope_head_dim :], packing, out.threads)
     out.weight_bytes += keys.nbytes + values.nbytes
     return keys, values
+
+
+def _expanding(out: _Writer, mla: MLAConfig, name: str) -> native.Packed:
+    """W_k^b [N, H, C], which makes keys of latents; `_absorbed` has it the other way round."""
+    tensor = out.checkpoint.tensors[name]
+    if tensor.split is not None:
+        keys, packing = tensor.split[0].read().transpose(0, 2, 1), packing_for(tensor.split[0], out.scheme)
+    else:
+        per_head = mla.qk_nope_head_dim + mla.v_head_dim
+        both = out.array(name).reshape(mla.num_attention_heads, per_head, mla.kv_lora_rank)
+        keys, packing = both[:, : mla.qk_nope_head_dim], packing_for(tensor, out.scheme)
+    if out.scheme == "auto" and packing in ("q4", "q4m"):
+        packing = "q8"
+    packed = out.added(pack_array(np.ascontiguousarray(keys, np.float32), packing, out.threads))
+    out.prompt_bytes += packed.nbytes
+    return packed
 
 
 def _write_gqa(out: _Writer, gqa: GQAConfig, layer: int) -> None:

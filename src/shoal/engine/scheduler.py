@@ -26,7 +26,7 @@ class Slice:
     """Tokens of one sequence for one step, from position `start` on.
 
     `draft` tokens are guesses that follow them. Logits are wanted from row `logits_from` on. `last`: the sequence's
-    last token is among them, so the next one can be chosen."""
+    last token is among them, so the next one can be chosen. `expanded`: MLA's expanded form."""
 
     sequence: Sequence
     start: int
@@ -34,6 +34,7 @@ class Slice:
     draft: list[int] = field(default_factory=list)
     logits_from: int
     last: bool
+    expanded: bool = False
 
     @property
     def rows(self) -> int:
@@ -47,15 +48,25 @@ class Scheduler:
         step_tokens: prompt tokens in a step when nothing decodes.
         mixed_tokens: prompt tokens in a step that also decodes: what a token may be delayed by.
         max_running: most sequences that run at once.
+        expand_from: tokens left to compute for which a prompt is expanded (`engine.prefill`); None: never.
     """
 
-    def __init__(self, pool: PagePool, *, step_tokens: int, mixed_tokens: int, max_running: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        step_tokens: int,
+        mixed_tokens: int,
+        max_running: int,
+        expand_from: int | None = None,
+    ) -> None:
         self.pool = pool
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self._step_tokens = step_tokens
         self._mixed_tokens = mixed_tokens
         self._max_running = max_running
+        self._expand_from = expand_from
         self._arrivals = 0
 
     def submit(self, sequence: Sequence) -> None:
@@ -97,7 +108,8 @@ class Scheduler:
             index += 1
             if sequence.left != 1 or not self._grow(sequence):
                 continue
-            draft = self._draft(sequence, guesses)
+            expanded = _in_expanded_prompt(sequence)  # the last token of a prompt; guesses after it would not be
+            draft = [] if expanded else self._draft(sequence, guesses)
             guesses -= len(draft)
             slices.append(
                 Slice(
@@ -107,6 +119,7 @@ class Scheduler:
                     draft=draft,
                     logits_from=0,
                     last=True,
+                    expanded=expanded,
                 )
             )
         return slices
@@ -185,6 +198,8 @@ class Scheduler:
             sequence.started_at = time.perf_counter()
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.computed
+            long = self._expand_from is not None and sequence.left >= self._expand_from
+            sequence.expanded = long and sequence.adapter < 0  # adapters add to the absorbed matrices
         return True
 
     def _free(self, sequence: Sequence) -> None:
@@ -196,12 +211,22 @@ class Scheduler:
 def _prefills(sequences: list[Sequence], room: int) -> list[Slice]:
     scored = sum(sequence.watch is not None for sequence in sequences)
     wants = [
-        sequence.left if sequence.watch is None else min(sequence.left, max(1, SCORE_ROWS // scored))
+        _next_part(sequence) if sequence.watch is None else min(_next_part(sequence), max(1, SCORE_ROWS // scored))
         for sequence in sequences
     ]
     return [
         _piece(sequence, count) for sequence, count in zip(sequences, share_out(room, wants), strict=True) if count > 0
     ]
+
+
+def _next_part(sequence: Sequence) -> int:
+    """Tokens left, but of an expanded prompt that is read again those of the answer apart: they were never expanded."""
+    return sequence.prompt_tokens - sequence.computed if _in_expanded_prompt(sequence) else sequence.left
+
+
+def _in_expanded_prompt(sequence: Sequence) -> bool:
+    """Whether its next token runs in MLA's expanded form."""
+    return bool(sequence.expanded) and sequence.computed < sequence.prompt_tokens
 
 
 def _piece(sequence: Sequence, count: int) -> Slice:
@@ -210,7 +235,10 @@ def _piece(sequence: Sequence, count: int) -> Slice:
     if sequence.watch is not None and sequence.watched < sequence.prompt_tokens:
         logits_from = min(logits_from, max(0, sequence.watched - start))
     tokens = sequence.tokens[start : start + count]
-    return Slice(sequence=sequence, start=start, tokens=tokens, logits_from=logits_from, last=last)
+    expanded = _in_expanded_prompt(sequence)
+    return Slice(
+        sequence=sequence, start=start, tokens=tokens, logits_from=logits_from, last=last, expanded=expanded
+    )  # fmt: skip
 
 
 def share_out(room: int, wants: Items[int]) -> list[int]:

@@ -63,6 +63,7 @@ class Sequence:
     computed: int = 0
     cached_tokens: int | None = None  # of the prompt, found in the cache; None before the first step
     pages: list[int] = field(default_factory=list)
+    expanded: bool | None = None  # whether its prompt runs in MLA's expanded form; None before the first step
     published: int = 0  # full pages already offered for sharing
     outputs: deque[Produced] = field(default_factory=deque)
     finish: str | None = None

@@ -30,7 +30,7 @@ def output(x: F32, out: F32 | None) -> F32:
 
 
 def rows_contiguous(a: F32) -> bool:
-    return a.shape[-1] <= 1 or a.strides[-1] == a.itemsize
+    return a.size == 0 or a.shape[-1] <= 1 or a.strides[-1] == a.itemsize
 
 
 def flat(a: F32) -> F32:

@@ -39,7 +39,10 @@ def causal_mask(num_query: int, num_cached: int, device: torch.device) -> Tensor
 def attend(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale · q kᵀ) v over what `mask` shows, [B, T, N, V]. Key heads, if fewer, are shared in order."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSNH, v_BSNV))
-    if trains_on_cpu(q, k):
+    if trains_on_cpu(q, k, mask):
+        shared = q.shape[1] // k.shape[1]
+        if shared > 1:
+            k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
         mask_RTS = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
         out_BNTV = attend_in_blocks(q, k, v, mask_RTS, scale)
         return out_BNTV.transpose(1, 2)
@@ -55,9 +58,9 @@ def attend(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNV: Tensor, mask: Tensor | None, 
     return out_BNTV.transpose(1, 2)
 
 
-def trains_on_cpu(q_BNTH: Tensor, k_BNSH: Tensor) -> bool:
-    """Whether this is the case that `blocked` is for: a CPU, 16-bit types, gradients, and whole rows."""
+def trains_on_cpu(q_BNTH: Tensor, k_BGSH: Tensor, mask: Tensor | None) -> bool:
+    """Whether this is a case that `blocked` is for: a CPU, 16-bit types, gradients, whole rows; with shared key heads
+    only under a mask, most of which PyTorch's kernel would compute to no end."""
     wanted = torch.is_grad_enabled() and q_BNTH.requires_grad
-    return (
-        wanted and q_BNTH.device.type == "cpu" and q_BNTH.dtype.itemsize == 2 and q_BNTH.shape[:3] == k_BNSH.shape[:3]
-    )
+    whole = q_BNTH.device.type == "cpu" and q_BNTH.dtype.itemsize == 2 and q_BNTH.shape[2] == k_BGSH.shape[2]
+    return wanted and whole and (mask is not None or q_BNTH.shape[1] == k_BGSH.shape[1])

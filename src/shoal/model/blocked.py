@@ -97,11 +97,11 @@ class Block(NamedTuple):
 
 def _blocks(q_BNTH: Tensor, spans: list[list[Block]]) -> Iterator[tuple[int, slice, Block]]:
     """Row, heads, and block: as many heads together as the cache holds scores of."""
-    rows, heads, length, _ = q_BNTH.shape
-    together = max(1, SCORES // (BLOCK * length))
+    rows, heads, _, _ = q_BNTH.shape
     for row in range(rows):
-        for first in range(0, heads, together):
-            for block in spans[row if len(spans) > 1 else 0]:
+        for block in spans[row if len(spans) > 1 else 0]:
+            together = max(1, SCORES // (BLOCK * (block.keys.stop - block.keys.start)))
+            for first in range(0, heads, together):
                 yield row, slice(first, first + together), block
 
 

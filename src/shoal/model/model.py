@@ -185,13 +185,14 @@ class Model(nn.Module):
         return rope, attention_mask(num_new, start + num_new, documents_BT, tokens_BT.device)
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(self, generator: torch.Generator | None = None, part: nn.Module | None = None) -> None:
         """Draw every weight anew as published: normal of `initializer_range`, biases zero, norms one.
 
         Args:
             generator: source of randomness, on the parameters' device; by default torch's own.
+            part: draw for this submodule only.
         """
-        for module in self.modules():
+        for module in (self if part is None else part).modules():
             if isinstance(module, (nn.Linear, nn.Embedding, StackedLinear, Router)):
                 module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:

@@ -9,10 +9,10 @@ Shapes: L layers with experts, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shoal.model import Model, Routing
@@ -40,12 +40,12 @@ class RouterBalance:
 
     Args:
         speed: γ, how far a bias moves in a step. Published: 0.001, and 0 at the end of training.
-        group: ranks that share a step; by default all, if torch.distributed runs.
+        total: sums the counts over the processes that share a step.
     """
 
-    def __init__(self, speed: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, speed: float = 1e-3, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
         self.speed = speed
-        self.group = group
+        self.total = total
         self._counts: dict[int, Tensor] = {}
         self._last: dict[int, Tensor] = {}
 
@@ -63,9 +63,7 @@ class RouterBalance:
         if not self._counts:
             return
         layers = sorted(self._counts)
-        counts_LE = torch.stack([self._counts[layer] for layer in layers])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts_LE, group=self.group)
+        counts_LE = self.total(torch.stack([self._counts[layer] for layer in layers]))
         self._last = dict(zip(layers, counts_LE, strict=True))
         self._counts = {}
         for layer, counts_E in self._last.items():

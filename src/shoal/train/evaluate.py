@@ -24,20 +24,24 @@ NEXT_ONLY = LossSettings(mtp_weight=0.0, balance_weight=0.0, z_weight=0.0)
 def validation_loss(model: Model, windows: Rows, recipe: Recipe, process: Process) -> float:
     """Mean loss of the next token, in nats, over evenly spaced held-out sequences; the same ones each time."""
     count = min(recipe.validation.sequences, len(windows))
-    numbers = [turn * len(windows) // count for turn in range(count)][process.rank :: process.world]
+    numbers = [turn * len(windows) // count for turn in range(count)]
+    mine = numbers[process.rank :: process.world]
     total = torch.zeros(2, dtype=torch.float64)
-    for start in range(0, len(numbers), recipe.micro_batch):
-        batch = windows.read(numbers[start : start + recipe.micro_batch])
+    # Processes run as many passes as the one with most rows: layers are put together for each by all of them.
+    for start in range(0, math.ceil(count / process.world), recipe.micro_batch):
+        batch = windows.read(mine[start : start + recipe.micro_batch] or numbers[:1])
         with autocast(recipe, process.device):
             parts = language_loss(model, to_device(batch, process.device), NEXT_ONLY).parts
-        targets = int((batch.targets_BT != IGNORE).sum())
+        targets = int((batch.targets_BT != IGNORE).sum()) if start < len(mine) else 0
         total += torch.tensor([float(parts["next"]) * targets, targets], dtype=torch.float64)
     loss, targets_seen = process.sum(total.to(process.device)).tolist()
     return loss / targets_seen if targets_seen else math.nan
 
 
 @torch.no_grad()
-def continue_text(model: Model, tokenizer: Tokenizer, prompt: str, settings: SampleSettings, seed: int) -> str:
+def continue_text(
+    model: Model, tokenizer: Tokenizer, *, prompt: str, settings: SampleSettings, seed: int, process: Process
+) -> str:
     """What the model writes after `prompt`, up to an end token or `max_tokens`."""
     ids = tokenizer.encode(prompt)
     room = model.config.max_position_embeddings - settings.max_tokens
@@ -56,6 +60,7 @@ def continue_text(model: Model, tokenizer: Tokenizer, prompt: str, settings: Sam
             token = int(torch.multinomial(F.softmax(logits_V / settings.temperature, -1), 1, generator=generator))
         else:
             token = int(logits_V.argmax())
+        token = process.largest(token if process.leads else -1)  # rounding may differ; going on together may not
         if token in ends:
             break
         out.append(token)
@@ -64,10 +69,11 @@ def continue_text(model: Model, tokenizer: Tokenizer, prompt: str, settings: Sam
 
 
 @contextlib.contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """Put the model into evaluation mode for a while."""
+def evaluating(model: Model, recipe: Recipe) -> Iterator[None]:
+    """Put the model into evaluation mode for a while. What is compiled runs as written: shapes are others here."""
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if recipe.compile else contextlib.nullcontext():
+            yield
     finally:
         model.train()

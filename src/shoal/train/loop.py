@@ -21,22 +21,22 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 from shoal.cost.train_flops import train_flops
 from shoal.data.shards import INDEX, Shards, open_shards
 from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.atomic import atomic_file, atomic_folder
-from shoal.model import Model, random_model
+from shoal.model import Model, as_checkpoint
 from shoal.train import checkpoint, state
 from shoal.train.balance import RouterBalance
 from shoal.train.batches import IGNORE, Batches, Rows, split
 from shoal.train.evaluate import continue_text, evaluating, validation_loss
-from shoal.train.export import export, load_tokenizer
+from shoal.train.export import export, load_tokenizer, saved_model
 from shoal.train.find import Prepare
 from shoal.train.log import Log, Record
 from shoal.train.losses import Losses, TextBatch, language_loss
 from shoal.train.measure import matrix_rate
+from shoal.train.network import make_model
 from shoal.train.optim import make_optimisers
 from shoal.train.process import Process
 from shoal.train.recipe import Recipe, flatten
@@ -56,6 +56,16 @@ class Observer(Protocol):
 
     def step(self, record: Record, until: int) -> None:
         """A step is done; `record` is its line of the log, the run ends after step `until`."""
+
+
+class Quiet:
+    """Listens and says nothing."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def step(self, record: Record, until: int) -> None:
+        pass
 
 
 class Outcome(NamedTuple):
@@ -95,16 +105,26 @@ def train(
         RunError: the loss is no number, or the disk refuses.
     """
     process = process or Process()
+    observer = observer if process.leads else Quiet()
     until = recipe.steps if until is None else until
     recipe = replace(recipe, steps=max(recipe.steps, until))
-    with claim(recipe, out) if process.leads else contextlib.nullcontext():
-        data = _data_folder(recipe, out, prepare, observer) if process.leads else out
-        process.barrier()
-        run = Run(recipe, out, data if process.leads else _where(recipe, out), observer, process)
-        try:
+    process.begin(recipe)
+    try:
+        with contextlib.ExitStack() as held:
+            with process.in_turn():
+                if process.leads:
+                    held.enter_context(claim(recipe, out))
+                    _prepare_data(recipe, out, prepare, observer)
+            run = Run(recipe, out, observer, process)
+            held.callback(run.close)
             return run.go(until)
-        finally:
-            run.close()
+    except RuntimeError as error:  # perhaps an operation of all processes, one of which is gone
+        blame = process.lost(error)
+        if blame is None:
+            raise
+        steps = checkpoint.steps_in(out / CHECKPOINTS)
+        left = f"the same command goes on after step {steps[-1]}" if steps else "no checkpoint was due yet"
+        raise RunError(f"{blame}; {left}") from error
 
 
 class Run:
@@ -115,12 +135,13 @@ class Run:
         saved: the step of the newest checkpoint; -1: there is none.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, data: Path, observer: Observer, process: Process) -> None:
+    def __init__(self, recipe: Recipe, out: Path, observer: Observer, process: Process) -> None:
         self.recipe, self.out, self.observer, self.process = recipe, out, observer, process
-        recipe.check_world(process.world)
+        data = _where(recipe, out)
         self.tokenizer_folder = data / "tokenizer"
         self.tokenizer = load_tokenizer(self.tokenizer_folder, recipe.model)
-        shards = _open_data(recipe, data)
+        with process.in_turn():
+            shards = _open_data(recipe, data, verify=recipe.data.verify and process.leads)
         windows, held_out = split(shards, recipe.sequence_length, recipe.data.held_out)
         batches = Batches(windows=windows, batch=recipe.batch, seed=recipe.seed)
         self._begin(make_model(recipe, process), batches, held_out, file_digest(shards.folder / INDEX))
@@ -130,7 +151,7 @@ class Run:
         recipe, process = self.recipe, self.process
         self.model, self.batches, self.held_out, self.data_digest = model, batches, held_out, data_digest
         self.optimisers = make_optimisers(self.model, recipe.optimiser)
-        self.balance = RouterBalance(recipe.router.bias_speed)
+        self.balance = RouterBalance(recipe.router.bias_speed, process.sum)
         self.step = 0
         self.saved = -1
         self._resume()
@@ -145,19 +166,22 @@ class Run:
         if self.process.leads:
             requests.forget_files()
         record: Record | None = None
+        signal = None
         with requests.listening():
             while self.step < until and not self.finished():
                 record = self.run_step()
                 self._measure(record, until)
                 due = self.recipe.checkpoint.every
-                stop = self.process.any(requests.signal is not None or (self.process.leads and requests.take_stop()))
-                save = self.process.any(self.process.leads and requests.take_save())
+                # What reaches one process holds for all, after the same step.
+                signal = self.process.largest(requests.signal or 0) or None
+                stop = signal or self.process.largest(self.process.leads and requests.take_stop())
+                save = self.process.largest(self.process.leads and requests.take_save())
                 self._report(record, until)
                 if stop or save or self.step == until or self.finished() or (due and self.step % due == 0):
                     self.save()
                 if stop and self.step < until and not self.finished():
-                    return Outcome(self.step, record, requests.signal, None)
-        return Outcome(self.step, record, requests.signal, self._export())
+                    return Outcome(self.step, record, signal, None)
+        return Outcome(self.step, record, signal, self._export())
 
     def finished(self) -> bool:
         """Whether the run ends before its last step, for reasons of its own."""
@@ -237,15 +261,17 @@ class Run:
         started = time.perf_counter()
         settings, last = self.recipe.validation, self.step == until
         if self.held_out is not None and settings.every and (last or self.step % settings.every == 0):
-            with evaluating(self.model):
+            with evaluating(self.model, self.recipe):
                 record["val_loss"] = validation_loss(self.model, self.held_out, self.recipe, self.process)
+            self.process.settle(self.model)
         samples = self.recipe.samples
         if samples.prompts and samples.every and (last or self.step % samples.every == 0):
-            with evaluating(self.model):
+            say = functools.partial(continue_text, self.model, self.tokenizer, settings=samples, seed=self.recipe.seed)
+            with evaluating(self.model, self.recipe):
                 record["samples"] = [
-                    {"prompt": text, "text": continue_text(self.model, self.tokenizer, text, samples, self.recipe.seed)}
-                    for text in samples.prompts
+                    {"prompt": text, "text": say(prompt=text, process=self.process)} for text in samples.prompts
                 ]
+            self.process.settle(self.model)
         self.pace.add(record["seconds"] + time.perf_counter() - started)
         record["eta_s"] = self.pace.mean * (until - self.step)
 
@@ -264,14 +290,12 @@ class Run:
             return
         if self.log is not None:
             self.log.sync()
-            checkpoint.save(
-                self.out / CHECKPOINTS, self.step, self._state(), self._meta(), keep=self.recipe.checkpoint.keep
-            )
-        self.process.barrier()
+        folder, keep = self.out / CHECKPOINTS, self.recipe.checkpoint.keep
+        self.process.save(folder, self.step, self._state(), self._meta(), keep=keep)
         self.saved = self.step
 
     def _state(self) -> checkpoint.State:
-        return state.gather(self.model, self.optimisers)
+        return state.gather(self.model, self.optimisers, self.process)
 
     def _meta(self) -> dict[str, Any]:
         return {"recipe": flatten(self.recipe), "data": self.data_digest, "torch": torch.__version__}
@@ -281,11 +305,11 @@ class Run:
             self.log.close()
 
     def _resume(self) -> None:
-        saved = checkpoint.newest(self.out / CHECKPOINTS, self.observer.note)
+        saved = self.process.newest(self.out / CHECKPOINTS, self.observer.note)
         if saved is None:
             return
         _check_same(saved, self.recipe, self.data_digest, self.observer.note)
-        state.restore(saved, self.model, self.optimisers)
+        state.restore(saved, self.model, self.optimisers, self.process)
         self._restored(saved)
         self.step = self.saved = saved.step
         self.observer.note(f"going on after step {saved.step}")
@@ -294,9 +318,16 @@ class Run:
         """Take what else a checkpoint holds."""
 
     def _export(self) -> Path | None:
-        if self.log is None:
-            return None
-        export(self.model, self.tokenizer_folder, self.out / MODEL, dtype=self.recipe.export_dtype)
+        """Write the finished model. Of several processes the first does, from the checkpoint that all have written."""
+        with self.process.in_turn():
+            if self.process.leads:
+                if self.process.world == 1:
+                    model = as_checkpoint(self.model)
+                else:
+                    path = checkpoint.path_of(self.out / CHECKPOINTS, self.step)
+                    saved = checkpoint.open_saved(path, self.step, verify=False)
+                    model = saved_model(saved, self.recipe.model)
+                export(model, self.tokenizer_folder, self.out / MODEL, dtype=self.recipe.export_dtype)
         return self.out / MODEL
 
 
@@ -310,18 +341,6 @@ class Pace:
     def add(self, seconds: float) -> None:
         self._count += 1
         self.mean += (seconds - self.mean) / min(self._count, 10)
-
-
-def make_model(recipe: Recipe, process: Process) -> Model:
-    """The recipe's network, freshly drawn from its seed, on this process's device, ready to train."""
-    model = random_model(recipe.model, recipe.seed)
-    for block in model.model.layers:
-        if recipe.activation_checkpointing:
-            # Nothing in a layer draws random numbers, so there is no random state to keep.
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
-        if recipe.compile:
-            block.compile()
-    return process.wrap(model)
 
 
 @contextlib.contextmanager
@@ -347,8 +366,8 @@ def _where(recipe: Recipe, out: Path) -> Path:
     return Path(recipe.data.folder).expanduser() if recipe.data.folder is not None else out / DATA
 
 
-def _data_folder(recipe: Recipe, out: Path, prepare: Prepare | None, observer: Observer) -> Path:
-    """Where the run's data lies, made now if the recipe brings its own and it is not there yet."""
+def _prepare_data(recipe: Recipe, out: Path, prepare: Prepare | None, observer: Observer) -> None:
+    """Make the run's data if the recipe brings its own and it is not there yet."""
     folder = _where(recipe, out)
     if recipe.data.folder is None and not folder.exists():
         if prepare is None:
@@ -356,13 +375,12 @@ def _data_folder(recipe: Recipe, out: Path, prepare: Prepare | None, observer: O
         observer.note("preparing the data")
         with atomic_folder(folder) as fresh:
             prepare(fresh, recipe)
-    return folder
 
 
-def _open_data(recipe: Recipe, folder: Path) -> Shards:
+def _open_data(recipe: Recipe, folder: Path, *, verify: bool) -> Shards:
     digest = file_digest(folder / "tokenizer" / "tokenizer.json")
     shards = open_shards(folder / "tokens", vocab_size=recipe.model.vocab_size, tokenizer_digest=digest)
-    if recipe.data.verify:
+    if verify:
         shards.verify()
     return shards
 

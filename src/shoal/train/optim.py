@@ -10,6 +10,7 @@ Shapes: E experts, F rows, D columns.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from shoal.errors import ConfigError
 from shoal.model import Model
+from shoal.train.shards import by_mesh, local, on_whole_matrices, rounds
 
 # Jordan's coefficients: a steep start, singular values that end between about 0.7 and 1.2.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -82,10 +84,13 @@ def make_optimisers(model: Model, settings: OptimiserSettings) -> list[torch.opt
     decayed, plain = list(matrices), list(vectors)
     for table in tables:
         (decayed if table is not embedding or settings.decay_embedding else plain).append(table)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimisers.append(
         torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": params, "weight_decay": decay}
+                for every, decay in ((decayed, settings.weight_decay), (plain, 0.0))
+                for params in by_mesh(every)
+            ],
             lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
@@ -106,7 +111,8 @@ def split_parameters(model: Model) -> tuple[list[nn.Parameter], list[nn.Paramete
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, decoupled weight decay and AdamW-sized updates, for matrices [F, D] and stacks.
 
-    As `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes no stacks. Newton-Schulz runs in bfloat16.
+    As `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes no stacks. Newton-Schulz runs in bfloat16. Of
+    matrices that several processes hold in rows, each process works on its share, whole (`shards`).
     """
 
     def __init__(
@@ -132,18 +138,22 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr, momentum = float(group["lr"]), group["momentum"]
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(param)
-                buffer = state["momentum_buffer"].lerp_(param.grad, 1 - momentum)
-                update = orthogonalise(param.grad.lerp(buffer, momentum).bfloat16(), group["steps"])
-                param.mul_(1 - lr * group["weight_decay"])
-                param.add_(update, alpha=-lr * 0.2 * math.sqrt(max(param.shape[-2:])))
+            lr, work = float(group["lr"]), functools.partial(orthogonalise, steps=group["steps"])
+            for params in rounds([param for param in group["params"] if param.grad is not None]):
+                moves = [self._momentum(param, group["momentum"]).bfloat16() for param in params]
+                for param, update in zip(params, on_whole_matrices(params, moves, work), strict=True):
+                    mine = local(param).mul_(1 - lr * group["weight_decay"])
+                    mine.add_(update, alpha=-lr * 0.2 * math.sqrt(max(param.shape[-2:])))
         return loss
+
+    def _momentum(self, param: Tensor, momentum: float) -> Tensor:
+        """This process's piece of the gradient with Nesterov momentum."""
+        assert param.grad is not None
+        state = self.state[param]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        grad = local(param.grad)
+        return grad.lerp(local(state["momentum_buffer"]).lerp_(grad, 1 - momentum), momentum)
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -145,6 +145,23 @@ class SampleSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How several processes, started by `torchrun`, share a run. Weights and optimiser state are cut over all of them.
+
+    Attributes:
+        expert: processes that deal the experts of a layer out among them; tokens travel to the experts' owners.
+        timeout: seconds that a process waits for another in the middle of a step before it ends the run.
+    """
+
+    expert: int = 1
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        whole("parallel.expert", self.expert, 1, 1 << 20)
+        number("parallel.timeout", self.timeout, 1.0, 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A complete run.
 
@@ -181,6 +198,7 @@ class Recipe:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     samples: SampleSettings = field(default_factory=SampleSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     def __post_init__(self) -> None:
         whole("steps", self.steps, 1)
@@ -199,6 +217,9 @@ class Recipe:
             raise ConfigError("schedule.warmup", f"{self.schedule.warmup} exceeds the {self.steps} steps")
         if self.model.num_nextn_predict_layers >= self.sequence_length - 1:
             raise ConfigError("sequence_length", f"{self.sequence_length} leaves the MTP layers nothing to predict")
+        experts = 1 if self.model.moe is None else self.model.moe.n_routed_experts
+        if experts % self.parallel.expert:
+            raise ConfigError("parallel.expert", f"{self.parallel.expert} does not divide {experts} experts evenly")
 
     @property
     def tokens_per_step(self) -> int:
@@ -210,7 +231,11 @@ class Recipe:
         return self.steps * self.tokens_per_step
 
     def check_world(self, world: int) -> None:
-        """Raise ConfigError unless `world` processes can share a batch in whole micro-batches."""
+        """Raise ConfigError unless `world` processes can share experts, and a batch in whole micro-batches."""
+        if world % self.parallel.expert:
+            one = "needs as many processes; start them with torchrun --nproc-per-node"
+            problem = one if world == 1 else f"does not divide {world} processes"
+            raise ConfigError("parallel.expert", f"{self.parallel.expert} {problem}")
         if self.batch % (world * self.micro_batch):
             problem = f"{self.batch} is not shared evenly by {world} processes of micro_batch {self.micro_batch}"
             raise ConfigError("batch", problem)

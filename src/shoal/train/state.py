@@ -13,33 +13,33 @@ from torch import Tensor
 from shoal.errors import FileError
 from shoal.model import Model
 from shoal.train.checkpoint import Saved, State
+from shoal.train.process import Process
 
 CPU_RANDOM, GPU_RANDOM = "torch.cpu", "torch.cuda"
 
 
-def gather(model: Model, optimisers: Sequence[torch.optim.Optimizer]) -> State:
+def gather(model: Model, optimisers: Sequence[torch.optim.Optimizer], process: Process) -> State:
     """Everything that the next step depends on, besides its number and the recipe."""
     return {
-        "model": changing(model),
-        "optimiser": dict(_optimiser_tensors(model, optimisers)),
+        "model": {name: process.whole(value) for name, value in changing(model).items()},
+        "optimiser": {name: process.whole(value) for name, value in _optimiser_tensors(model, optimisers)},
         "random": _random_tensors(),
     }
 
 
-def restore(saved: Saved, model: Model, optimisers: Sequence[torch.optim.Optimizer]) -> None:
+@torch.no_grad()
+def restore(saved: Saved, model: Model, optimisers: Sequence[torch.optim.Optimizer], process: Process) -> None:
     """Put a checkpoint's state into a model and its optimisers.
 
     Raises:
         FileError: the checkpoint lacks a tensor, or has one of another shape or too many.
     """
-    target = changing(model)
-    weights = saved.tensors("model")
-    _check_names(saved, "model", target, weights)
-    with torch.no_grad():
-        for name, value in weights.items():
-            _check_shape(saved, "model", name, value, target[name])
-            target[name].copy_(value)
-    _restore_optimisers(saved, model, optimisers)
+    targets = {name: process.whole(value) for name, value in changing(model).items()}
+    _check_names(saved, "model", targets)
+    for name, target in targets.items():
+        _check_shape(saved, "model", name, target)
+    process.load(saved, "model", targets)
+    _restore_optimisers(saved, model, optimisers, process)
     random = saved.tensors("random")
     torch.set_rng_state(random[CPU_RANDOM])
     if GPU_RANDOM in random and torch.cuda.is_available():
@@ -62,18 +62,25 @@ def _optimiser_tensors(model: Model, optimisers: Sequence[torch.optim.Optimizer]
     ]
 
 
-def _restore_optimisers(saved: Saved, model: Model, optimisers: Sequence[torch.optim.Optimizer]) -> None:
+def _restore_optimisers(
+    saved: Saved, model: Model, optimisers: Sequence[torch.optim.Optimizer], process: Process
+) -> None:
     parameters = dict(model.named_parameters())
     held = [{p for group in optimiser.param_groups for p in group["params"]} for optimiser in optimisers]
-    for full, value in saved.tensors("optimiser").items():
+    targets = {}
+    for full, stored in saved.parts["optimiser"].items():
         number, key, name = full.split(".", 2)
         parameter = parameters.get(name)
         if parameter is None or not number.isdigit() or parameter not in dict(enumerate(held)).get(int(number), ()):
             raise FileError(saved.path, "belongs to no optimiser of this recipe", item=full)
-        if value.dim():  # a scalar counts steps
-            _check_shape(saved, "optimiser", full, value, parameter)
-        # As torch's own load_state_dict: fused optimisers count steps on the parameter's device.
-        optimisers[int(number)].state[parameter][key] = value.to(parameter.device)
+        # A scalar counts steps. As in torch's own load_state_dict, fused optimisers do so on the parameter's device.
+        scalar = torch.empty((), device=parameter.device)
+        value = torch.empty_like(parameter if stored.shape else scalar, dtype=stored.dtype)
+        targets[full] = process.whole(value)
+        if stored.shape:
+            _check_shape(saved, "optimiser", full, targets[full])
+        optimisers[int(number)].state[parameter][key] = value
+    process.load(saved, "optimiser", targets)
 
 
 def _random_tensors() -> dict[str, Tensor]:
@@ -83,13 +90,14 @@ def _random_tensors() -> dict[str, Tensor]:
     return out
 
 
-def _check_names(saved: Saved, part: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    for name in expected.keys() ^ found.keys():
+def _check_names(saved: Saved, part: str, expected: Mapping[str, Tensor]) -> None:
+    for name in expected.keys() ^ saved.parts[part].keys():
         problem = "is missing" if name in expected else "has no place in this recipe's model"
         raise FileError(saved.path / f"{part}.safetensors", problem, item=name)
 
 
-def _check_shape(saved: Saved, part: str, name: str, found: Tensor, expected: Tensor) -> None:
-    if found.shape != expected.shape:
-        problem = f"has shape {list(found.shape)}, the recipe asks for {list(expected.shape)}"
+def _check_shape(saved: Saved, part: str, name: str, expected: Tensor) -> None:
+    shape = saved.parts[part][name].shape
+    if shape != expected.shape:
+        problem = f"has shape {list(shape)}, the recipe asks for {list(expected.shape)}"
         raise FileError(saved.path / f"{part}.safetensors", problem, item=name)

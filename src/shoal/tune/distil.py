@@ -30,6 +30,7 @@ from shoal.train.batches import IGNORE, Batch
 from shoal.train.log import Record
 from shoal.train.loop import Observer, Outcome, claim
 from shoal.train.losses import Losses, TextBatch, linear_cross_entropy
+from shoal.train.process import Process
 from shoal.train.recipe import number, one_of, whole
 from shoal.tune.distil_losses import kept_divergence, reverse_divergence
 from shoal.tune.recipe import TuneRecipe
@@ -85,6 +86,7 @@ def distil(recipe: DistilRecipe, out: Path, data: Data, teacher: LLM, observer: 
     """
     require_same_tokens(teacher.tokenizer, data.tokenizer)
     kind = {"logits": LogitsRun, "on-policy": OnPolicyRun}[recipe.distil.mode]
+    Process().begin(recipe)
     with claim(recipe, out):
         run = kind(recipe, out, data, teacher, observer)
         try:

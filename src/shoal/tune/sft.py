@@ -142,6 +142,7 @@ def tune(recipe: TuneRecipe, out: Path, data: Data, observer: Observer, *, until
     Raises:
         ConfigError, FileError, RunError: as `train.loop.train`.
     """
+    Process().begin(recipe)
     with claim(recipe, out):
         run = TuneRun(recipe, out, data, observer)
         try:
@@ -257,7 +258,7 @@ class TuneRun(Run):
         return {**super()._meta(), "best_loss": best, "waited": self.waited}
 
     def _restored(self, saved: Saved) -> None:
-        if "best" in saved.files:
+        if "best" in saved.parts:
             self.best = saved.tensors("best")
             self.best_loss, self.waited = float(saved.meta["best_loss"]), int(saved.meta["waited"])
 
