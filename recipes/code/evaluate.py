@@ -4,7 +4,8 @@
 
 Completion runs in Shoal's engine for both models, so that quality is compared alone; speed is measured in processes of
 their own under a memory limit, the twin's also in llama.cpp (`speed.py`). RUN folders give loss by operations and by
-time. Writes RESULTS.json and RESULTS.md. Shares come with 95 % Wilson intervals.
+time. Writes RESULTS.json and RESULTS.md; a model that RESULTS.json knows already is not judged again. Shares come with
+95 % Wilson intervals.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case, draw_cases, first_line, is_valid_function, prompt_ids
+from curves import at_the_end, curve, ratios, read_log
 
-from shoal.config import ModelConfig
 from shoal.cost.model_cost import cache_bytes_per_token, model_cost
-from shoal.cost.train_flops import train_flops
-from shoal.engine import LLM, SamplingParams
+from shoal.engine import LLM, Generation, SamplingParams
+from shoal.engine.generation import run_together
 from shoal.formats.checkpoint import open_checkpoint
 from shoal.formats.convert import convert
 
 LINE_TOKENS, FUNCTION_TOKENS = 48, 192
+AT_ONCE = 32
 Json = dict[str, Any]
-Curve = list[tuple[float, float, float]]  # operations, seconds, held-out loss
 
 
 def wilson(hits: int, total: int) -> tuple[float, float, float]:
@@ -44,23 +45,28 @@ def wilson(hits: int, total: int) -> tuple[float, float, float]:
 
 def judge(llm: LLM, cases: list[Case]) -> Json:
     """Exact lines and valid functions, with and without the suffix."""
-    counts: dict[str, list[int]] = {}
-    for case in cases:
+    counts: dict[str, list[bool]] = {}
+    for start in range(0, len(cases), AT_ONCE):
+        some = cases[start : start + AT_ONCE]
         for with_suffix in (False, True):
-            right = _is_right(llm, case, with_suffix=with_suffix)
-            counts.setdefault(f"{case.kind} {'fim' if with_suffix else 'plain'}", []).append(right)
+            generations = [_prepare(llm, case, with_suffix=with_suffix) for case in some]
+            for case, chunks in zip(some, run_together(llm.step, generations), strict=True):
+                text = "".join(chunk.text for chunk in chunks)
+                name = f"{case.kind} {'fim' if with_suffix else 'plain'}"
+                counts.setdefault(name, []).append(_is_right(case, text, chunks[-1].finish_reason))
     return {name: [*wilson(sum(found), len(found)), len(found)] for name, found in counts.items()}
 
 
-def _is_right(llm: LLM, case: Case, *, with_suffix: bool) -> bool:
-    function = case.kind == "function"
-    count = FUNCTION_TOKENS if function else LINE_TOKENS
+def _prepare(llm: LLM, case: Case, *, with_suffix: bool) -> Generation:
+    count, stop = (FUNCTION_TOKENS, ()) if case.kind == "function" else (LINE_TOKENS, ("\n",))
     ids = prompt_ids(case, llm.tokenizer, llm.max_context - count, with_suffix=with_suffix)
-    stop = () if function else ("\n",)
-    done = llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=count, stop=stop))
-    if function:  # an end token ends the last line too, the token limit does not
-        return is_valid_function(case, done.text + ("\n" if done.finish_reason == "stop" else ""))
-    return first_line(done.text) == case.expected.rstrip()
+    return llm.prepare(ids, SamplingParams(temperature=0.0, max_tokens=count, stop=stop))
+
+
+def _is_right(case: Case, text: str, finish: str | None) -> bool:
+    if case.kind == "function":  # an end token ends the last line too, the token limit does not
+        return is_valid_function(case, text + ("\n" if finish == "stop" else ""))
+    return first_line(text) == case.expected.rstrip()
 
 
 def held_out_loss(llm: LLM, cases: list[Case]) -> Json:
@@ -74,39 +80,6 @@ def held_out_loss(llm: LLM, cases: list[Case]) -> Json:
             tokens += len(scored)
             size += len(llm.tokenizer.decode(ids).encode())
     return {"nats_per_token": loss / tokens, "bits_per_byte": loss / size / math.log(2), "tokens": int(tokens)}
-
-
-def curve(run: Path, config: ModelConfig, tokens_per_step: int, sequence_length: int) -> Curve:
-    """Held-out loss of a run by operations and by seconds of training."""
-    per_step = train_flops(config, sequence_length).model * tokens_per_step
-    out: Curve = []
-    seconds = 0.0
-    for line in (run / "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        seconds += record.get("seconds", tokens_per_step / record["tok_s"])
-        if record.get("val_loss") is not None:
-            out.append((record["step"] * per_step, seconds, record["val_loss"]))
-    return out
-
-
-def ratios(ours: Curve, twins: Curve) -> list[Json]:
-    """For each held-out loss of ours within the twin's range: how many times our operations and seconds it took."""
-    out = []
-    for flops, seconds, loss in ours:
-        at = next((index for index in range(1, len(twins)) if twins[index][2] <= loss < twins[index - 1][2]), None)
-        if at is None:
-            continue
-        (f0, s0, l0), (f1, s1, l1) = twins[at - 1], twins[at]
-        part = (l0 - loss) / (l0 - l1)
-        out.append(
-            {
-                "val_loss": loss,
-                "flops": flops,
-                "twin_flops_ratio": (f0 + part * (f1 - f0)) / flops,
-                "twin_seconds_ratio": (s0 + part * (s1 - s0)) / seconds,
-            }
-        )
-    return out
 
 
 def speeds(model: Path, prompts: list[list[int]], *, twin: bool, threads: int, limit_gb: float) -> Json:
@@ -179,13 +152,25 @@ def table(result: Json) -> str:
             lambda f, way=way: f"{f['speed'][way]['ms_median']:.1f}" if way in f["speed"] else "–",
         )
     row("MTP guesses accepted", _acceptance)
-    if points := result.get("ratios"):
-        last = points[-1]
-        lines += [
-            "",
-            f"At held-out loss {last['val_loss']:.3f} the twin needs {last['twin_flops_ratio']:.2f} × the operations.",
-        ]
+    if end := result.get("end"):
+        lines += ["", _compared(end, result["ratios"])]
     return "\n".join(lines) + "\n"
+
+
+def _compared(end: Json, points: list[Json]) -> str:
+    """What the curves say about equal loss, and where they say nothing."""
+    words = [f"Held-out loss at the end: {end['val_loss']:.4f}, the twin's {end['twin_val_loss']:.4f}."]
+    if end["share_of_twins_flops"] is not None:
+        words.append(f"The twin's last loss took the code model {end['share_of_twins_flops']:.2f} of its operations.")
+    if points:
+        last = points[-1]
+        words.append(
+            f"At loss {last['val_loss']:.3f}, the lowest that both measured, the twin needed "
+            f"{last['twin_flops_ratio']:.2f} × the operations and {last['twin_seconds_ratio']:.2f} × the time."
+        )
+    if end["val_loss"] < end["twin_val_loss"]:
+        words.append("What the twin would need for the code model's last loss was not measured: it never came so low.")
+    return " ".join(words)
 
 
 def _acceptance(facts: Json) -> str:
@@ -202,26 +187,23 @@ def main() -> None:
     parser.add_argument("--twin-run", type=Path)
     parser.add_argument("--cases", type=int, default=400, help="of each kind")
     parser.add_argument("--prompts", type=int, default=40, help="completions to time")
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
-    parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit-gb", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    result: Json = {"code": examine(options.model, options, twin=False)}
-    curves: dict[str, Curve] = {}
-    for name, model, run in (("code", options.model, options.run), ("twin", options.twin, options.twin_run)):
-        if model is not None and run is not None:
-            config = open_checkpoint(model).config
-            curves[name] = curve(run, config, options.tokens_per_step, options.sequence_length)
-    if options.twin is not None:
-        result["twin"] = examine(options.twin, options, twin=True)
-    if curves:
-        result["curves"] = curves
+    file = options.out.with_suffix(".json")
+    result: Json = json.loads(file.read_text()) if file.exists() else {}
+    for name, model in (("code", options.model), ("twin", options.twin)):
+        if model is not None and name not in result:
+            result[name] = examine(model, options, twin=name == "twin")
+            file.write_text(json.dumps(result, indent=2) + "\n")
+    runs = {"code": options.run, "twin": options.twin_run}
+    result["curves"] = curves = {name: curve(read_log(run)) for name, run in runs.items() if run is not None}
     if len(curves) == 2:
         result["ratios"] = ratios(curves["code"], curves["twin"])
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        result["end"] = at_the_end(curves["code"], curves["twin"])
+    file.write_text(json.dumps(result, indent=2) + "\n")
     options.out.with_suffix(".md").write_text(table(result))
     print(table(result))
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from vocabulary import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE
 from shoal.data.shards import ShardWriter
 from shoal.formats.tokenizer import Tokenizer, load_tokenizer_json
 
-WINDOW = 1024
+WINDOW = 512
 FIM_RATE, LINE_HOLES = 0.5, 0.5
 MIN_FIM = 64  # tokens of a piece below which there is nothing to fill in
 SEED = 0
@@ -114,9 +115,18 @@ def read_texts(path: Path, seed: int) -> list[str]:
 
 
 def pack(
-    corpus: Path, out: Path, tokenizer_folder: Path, *, seed: int = SEED, window: int = WINDOW
+    corpus: Path,
+    out: Path,
+    tokenizer_folder: Path,
+    *,
+    seed: int = SEED,
+    window: int = WINDOW,
+    limit: float = math.inf,
 ) -> dict[str, float]:
-    """Write the shards. Returns the tokens of each part, and `held_out`, the share to set in the recipe."""
+    """Write the shards, of the training part as many windows as `limit` tokens need.
+
+    Returns the tokens of each part, and `held_out`, the share to set in the recipe.
+    """
     tokenizer = load_tokenizer_json(tokenizer_folder)
     digest = hashlib.sha256((tokenizer_folder / "tokenizer.json").read_bytes()).hexdigest()
     report = json.loads((corpus / "report.json").read_text())
@@ -129,6 +139,8 @@ def pack(
             for piece in packer.pieces(read_texts(corpus / f"{part}.jsonl", seed)):
                 writer.add(piece)
                 counts[part] += len(piece)
+                if part == "train" and counts[part] >= limit and counts[part] % window == 0:
+                    break
     # One token less than the part holds: the split falls at the end of the document that the share reaches into.
     total = counts["train"] + counts["held_out"]
     return counts | {"held_out_share": (counts["held_out"] + 1) / total}
@@ -139,10 +151,10 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="CORPUS/tokens")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--limit", type=float, default=math.inf, help="tokens of the training part; default: all")
     options = parser.parse_args()
-    counts = pack(
-        options.corpus, options.out or options.corpus / "tokens", options.corpus / "tokenizer", seed=options.seed
-    )
+    out = options.out or options.corpus / "tokens"
+    counts = pack(options.corpus, out, options.corpus / "tokenizer", seed=options.seed, limit=options.limit)
     print(json.dumps(counts))
 
 

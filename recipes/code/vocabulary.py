@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, trainers
+from tokenizers import decoders, models, processors, trainers
 
 from shoal.formats import tokenizer_json
 from shoal.formats.gguf_pretokenizers import PRE_TOKENIZERS, to_json
 from shoal.formats.tokenizer import Tokenizer
 
-VOCABULARY = 8192
+VOCABULARY = 4096
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 MARKERS = (BOS, EOS, PAD, FIM_BEGIN, FIM_HOLE, FIM_END)
@@ -47,6 +47,7 @@ def learn(texts: Iterator[str], size: int = VOCABULARY) -> Tokenizer:
     blank = json.loads(model.to_str())
     model = tokenizers.Tokenizer.from_str(json.dumps(blank | {"pre_tokenizer": json.loads(pre)}))
     model.decoder = decoders.ByteLevel()
+    model.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, MARKERS.index(BOS))])
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=2,
@@ -60,8 +61,9 @@ def learn(texts: Iterator[str], size: int = VOCABULARY) -> Tokenizer:
     tokenizer_json.check(data, Path("tokenizer.json"))
     ids = {marker: MARKERS.index(marker) for marker in MARKERS}
     return Tokenizer(
-        data, "tokenizer.json", bos_token_id=ids[BOS], eos_token_ids=[ids[EOS]], pad_token_id=ids[PAD], add_bos=True
-    )
+        data, "tokenizer.json", bos_token_id=ids[BOS], eos_token_ids=[ids[EOS]], pad_token_id=ids[PAD], add_bos=True,
+        fim_order="spm",
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -53,6 +53,20 @@ class PackagedModel:
         return self.package.replace("-", "_")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BundledModel:
+    """A model folder that travels inside Shoal itself."""
+
+    name: str
+    aliases: tuple[str, ...]
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        return Path(__file__).parent / "assets" / self.name
+
+
+BUNDLED = (BundledModel(name="shoal-code", aliases=("code",), licence="Apache-2.0"),)
 PACKAGED = (
     PackagedModel(
         name="smollm2-135m",
@@ -103,6 +117,9 @@ def resolve(name_or_path: str | Path) -> Path:
 
 def resolve_name(name: str) -> Path:
     """The same for names alone: nothing outside the models folder and the installed packages is looked at."""
+    bundled = next((model for model in BUNDLED if name.lower() in (model.name, *model.aliases)), None)
+    if bundled is not None:
+        return bundled.path
     packaged = _packaged(name)
     if packaged is not None:
         found = _installed(packaged) or _pulled(packaged)
@@ -124,8 +141,14 @@ def resolve_name(name: str) -> Path:
 
 
 def list_models() -> list[ModelEntry]:
-    """Every model on this machine, packaged ones first, then by name."""
-    entries = []
+    """Every model on this machine, Shoal's own and packaged ones first, then by name."""
+    entries = [
+        ModelEntry(
+            name=model.name, path=model.path, bytes=_folder_bytes(model.path), format="safetensors",
+            licence=model.licence,
+        )
+        for model in BUNDLED
+    ]  # fmt: skip
     for packaged in PACKAGED:
         path = _installed(packaged) or _pulled(packaged)
         if path is not None:
@@ -144,11 +167,14 @@ def list_models() -> list[ModelEntry]:
 def _entries_of(name: str, home: Path) -> Iterator[ModelEntry]:
     licence = _card_licence(home / "README.md")
     if (home / "config.json").is_file():
-        size = sum(path.stat().st_size for path in home.iterdir() if path.is_file())
-        yield ModelEntry(name=name, path=home, bytes=size, format="safetensors", licence=licence)
+        yield ModelEntry(name=name, path=home, bytes=_folder_bytes(home), format="safetensors", licence=licence)
     for path in sorted(home.glob("*.gguf")):
         size = path.stat().st_size
         yield ModelEntry(name=f"{name}:{path.name}", path=path, bytes=size, format="gguf", licence=licence)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _card_licence(card: Path) -> str | None:
@@ -208,7 +234,7 @@ def _pulled(model: PackagedModel) -> Path | None:
 
 
 def _did_you_mean(name: str) -> str:
-    known = [alias for model in PACKAGED for alias in (model.name, *model.aliases)]
+    known = [alias for model in (*BUNDLED, *PACKAGED) for alias in (model.name, *model.aliases)]
     known += [entry.name for entry in list_models()]
     close = difflib.get_close_matches(name.lower()[:200], known, 1, 0.6)
     return f" (did you mean {close[0]}?)" if close else ""

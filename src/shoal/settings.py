@@ -13,6 +13,7 @@ from shoal.errors import ConfigError
 SERVE_FLAGS = {
     "model": "SHOAL_MODEL",
     "adapter": "SHOAL_ADAPTER",
+    "code": "SHOAL_CODE",
     "host": "SHOAL_HOST",
     "port": "SHOAL_PORT",
     "served-name": "SHOAL_SERVED_NAME",

@@ -10,6 +10,7 @@ import pytest
 from shoal.cli.main import main
 
 ROOT = Path(__file__).parents[2]
+STEPS = 1500  # of recipes/code
 V3 = str(ROOT / "recipes" / "deepseek-v3")
 
 
@@ -44,10 +45,13 @@ def test_a_recipe_and_its_run(capsys, tmp_path):
     code, out, _ = run(capsys, recipe, "--run", str(tmp_path), "--json")
     facts = json.loads(out)
     assert code == 0
-    assert facts["phases"][0]["tokens"] == 4000 * 8192 and facts["actual"]["tokens"] == 5 * 8192
+    early, late = facts["phases"]
+    assert (early["tokens"], late["tokens"]) == (0.75 * STEPS * 4096, 0.25 * STEPS * 4096)
+    assert "mtp_head" in late["flops_per_token"] and "mtp_head" not in early["flops_per_token"]
+    assert facts["actual"]["tokens"] == 5 * 4096
     ratio = facts["actual"]["tok_s"] / facts["tokens_per_second"]
     assert facts["actual"]["utilisation"] == pytest.approx(facts["utilisation"] * ratio)
-    wide = json.loads(run(capsys, recipe, "steps=8000", "--json")[1])
+    wide = json.loads(run(capsys, recipe, f"steps={2 * STEPS}", "--json")[1])
     assert wide["flops"] == pytest.approx(2 * facts["flops"])
 
 

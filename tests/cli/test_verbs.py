@@ -45,17 +45,16 @@ def test_info_of_a_model(shoal: Shoal) -> None:
 def test_models(shoal: Shoal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHOAL_MODELS", str(tmp_path))
     entries = json.loads(shoal("models", "--json").out)
-    assert [entry["name"] for entry in entries] == ["smollm2-135m"]
+    assert [entry["name"] for entry in entries] == ["shoal-code", "smollm2-135m"]
     table = shoal("models").out.splitlines()
     assert table[0].split() == ["NAME", "SIZE", "FORMAT", "LICENCE", "PATH"]
-    assert table[1].split()[0] == "smollm2-135m"
-    assert Path(table[1].split()[-1]).is_file()
+    assert [row.split()[0] for row in table[1:]] == ["shoal-code", "smollm2-135m"]
+    assert Path(table[2].split()[-1]).is_file()
 
 
 def test_no_models_says_how_to_get_one(shoal: Shoal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.hub.list_models", list)
     result = shoal("models")
-    assert result.out == ""
     assert "shoal pull smollm2-135m" in result.err
     assert json.loads(shoal("models", "--json").out) == []
 

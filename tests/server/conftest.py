@@ -242,10 +242,11 @@ def running(
     ready: bool = True,
     policy: Policy | None = None,
     price_per_hour: float | None = None,
+    code: str | None = None,
     **options: Any,
 ) -> Iterator[Running]:
     worker = EngineWorker(load, **options)
-    app = create_app(Service(name="fake", worker=worker, price_per_hour=price_per_hour), policy)
+    app = create_app(Service(name="fake", worker=worker, price_per_hour=price_per_hour, code=code), policy)
     server = uvicorn.Server(uvicorn_config(app, drain_seconds=5))
     sock = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tests.engine.conftest import V3, Checkpoint, open_tiny, tiny
-from tests.server.conftest import Running, running
+from tests.server.conftest import FakeLLM, Running, running
 
 from shoal.formats import tokenizer_json
 from shoal.formats.chat import chat_from_template
@@ -256,3 +256,28 @@ def test_fill_in_the_middle(server: Running) -> None:
     assert answer["usage"]["prompt_tokens"] == 6  # with bos
     error = server.http.post(TEXT, json={"prompt": "a", "suffix": "b", "echo": True})
     assert (error.status_code, error.json()["error"]["param"]) == (400, "suffix")
+
+
+def test_gaps_go_to_the_model_that_fills_them(checkpoint: Checkpoint) -> None:
+    class Blunt(FakeLLM):
+        """Cannot fill gaps; beside it is one that can."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.beside = {"code": open_tiny(checkpoint)}
+
+        def step(self) -> bool:
+            return any([super().step(), *(llm.step() for llm in self.beside.values())])
+
+    with running(Blunt, code="code") as server:
+        names = [model["id"] for model in server.http.get("/v1/models").json()["data"]]
+        assert names == ["fake", "code"]
+        body: dict[str, Any] = {"prompt": "a", "max_tokens": 2}
+        assert server.http.post(TEXT, json=body).json()["model"] == "fake"
+        answer = server.http.post(TEXT, json={**body, "suffix": "b"}).json()
+        assert (answer["model"], answer["usage"]["completion_tokens"]) == ("code", 2)
+        events = server.http.post(TEXT, json={**body, "suffix": "b", "stream": True}).text
+        assert events.count('"model":"code"') >= 2
+        refused = server.http.post(TEXT, json={**body, "suffix": "b", "model": "fake"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_parameter")
+        assert server.http.post(TEXT, json={**body, "model": "code"}).json()["model"] == "code"

@@ -102,6 +102,16 @@ def test_the_log_of_a_training_run(tmp_path: Path) -> None:
     assert second.max_vio == pytest.approx(27 / 20 - 1)
 
 
+def test_a_layer_that_rested_at_first(tmp_path: Path) -> None:
+    early, late = {"1": {"load": [3, 5]}}, {"1": {"load": [4, 4]}, "2": {"load": [1, 7]}}
+    steps = [{"step": n, "tokens": 4 * n, "router": early if n < 3 else late} for n in (1, 2, 3)]
+    first, second = summarise_log(write_log(tmp_path / "log.jsonl", *steps))
+    assert (first.load, first.tokens, second.load, second.tokens) == ((10, 14), 12, (1, 7), 4)
+    steps[0]["router"] = {"1": {"load": [3, 5, 1]}}
+    with pytest.raises(FileError, match=r"layer 1.*other experts"):
+        summarise_log(write_log(tmp_path / "log.jsonl", *steps))
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.config import GQAConfig, ModelConfig
+from shoal.cost.train_flops import train_flops
 from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.checkpoint import open_checkpoint
 from shoal.model import load_model, random_model
@@ -176,6 +177,27 @@ def test_router_biases_move_until_they_rest(recipe, run, tmp_path):
     assert (biases[3].abs() <= 0.3 + 1e-6).all()
     assert biases[3].any()
     assert torch.equal(biases[3], biases[6])
+
+
+def records(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_mtp_rests_at_first_and_costs_nothing(recipe, run, tmp_path):
+    late = replace(recipe, losses=LossSettings(mtp_from=0.5))
+    before = random_model(recipe.model, recipe.seed).state_dict()["model.layers.2.eh_proj.weight"]
+    for name, until in (("one", (3, 6)), ("two", (6,))):
+        for end in until:
+            run(late, tmp_path / name, until=end)
+            if end == 3:
+                assert torch.equal(weights(tmp_path / name)["model.layers.2.eh_proj.weight"], before)
+    assert not torch.equal(weights(tmp_path / "one")["model.layers.2.eh_proj.weight"], before)
+    log = records(tmp_path / "one")
+    assert ["mtp" in record for record in log] == [False] * 3 + [True] * 3
+    with_mtp, without = (train_flops(recipe.model, recipe.sequence_length, mtp=on).model for on in (True, False))
+    assert without < with_mtp == train_flops(recipe.model, recipe.sequence_length).model
+    assert [r["flops"] / recipe.tokens_per_step for r in log] == pytest.approx([without] * 3 + [with_mtp] * 3)
+    assert [r["loss"] for r in log] == [r["loss"] for r in records(tmp_path / "two")]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -224,6 +224,8 @@ def test_a_tiny_model_learns_a_batch_by_heart(optimiser, low):
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match="mtp_weight"):
         LossSettings(mtp_weight=-1.0)
+    with pytest.raises(ConfigError, match="mtp_from"):
+        LossSettings(mtp_from=1.5)
     assert dataclasses.asdict(LossSettings())["mtp_weight"] == 0.3
 
 

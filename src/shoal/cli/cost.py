@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     optimiser: str
     bf16: bool
     checkpointing: bool
+    mtp_from: float  # share of the tokens before which the MTP depths rest
 
 
 @app.command()
@@ -108,7 +109,7 @@ def _plan(name: str, settings: list[str]) -> Plan:
             raise ConfigError(settings[0], "changes recipes; a config.json has no such settings")
         config = read_config(file).model
         length = min(4096, config.max_position_embeddings)
-        return Plan(config, None, length, length, length, "adamw", True, False)
+        return Plan(config, None, length, length, length, "adamw", True, False, 0.0)
     return _recipe_plan(name, settings)
 
 
@@ -130,6 +131,7 @@ def _recipe_plan(name: str, settings: list[str]) -> Plan:
         optimiser=recipe.optimiser.optimiser,
         bf16=recipe.precision == "bf16",
         checkpointing=recipe.activation_checkpointing,
+        mtp_from=recipe.losses.mtp_from if recipe.losses.mtp_weight else 1.0,
     )
 
 
@@ -138,7 +140,9 @@ def _own_phase(plan: Plan) -> list[Phase]:
 
     if plan.tokens is None:
         raise ConfigError("tokens", "a config.json does not say how many; give --tokens, such as 14.8T@4096")
-    return [Phase(tokens=plan.tokens, sequence_length=plan.sequence_length)]
+    early = plan.tokens * plan.mtp_from if plan.config.num_nextn_predict_layers else 0.0
+    parts = ((early, False), (plan.tokens - early, True))
+    return [Phase(tokens=tokens, sequence_length=plan.sequence_length, mtp=mtp) for tokens, mtp in parts if tokens]
 
 
 def _as_data(
@@ -181,7 +185,7 @@ def _as_data(
         "activation_bytes": activations,
     }
     if actual is not None:
-        flops = costs[0].per_token.model
+        flops = sum(cost.per_token.model * cost.phase.tokens for cost in costs) / sum(c.phase.tokens for c in costs)
         facts["actual"] = asdict(actual) | {
             "utilisation": actual.tok_s * flops / (machine.bf16_tflops * 1e12 * devices),
             "predicted_seconds": actual.tokens / tokens_per_second,

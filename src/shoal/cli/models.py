@@ -23,9 +23,8 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.
     if as_json:
         write_json([{**dataclasses.asdict(entry), "path": str(entry.path)} for entry in entries])
         return
-    if not entries:
-        note("no models here yet; fetch the small one with: shoal pull smollm2-135m")
-        return
+    if len(entries) <= len(hub.BUNDLED):
+        note("beside Shoal's own no models here yet; fetch a small one to chat with: shoal pull smollm2-135m")
     rows = [
         {
             "name": entry.name,

@@ -31,11 +31,10 @@ def _flag(flag: str, text: str, *names: str, **limits: Any) -> Any:
 
 
 def run(
+    served: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
     model: Annotated[str, _flag("model", "Short name, folder or GGUF file.", "--model", "-m")] = DEFAULT_MODEL,
-    adapter: Annotated[
-        list[str] | None,
-        _flag("adapter", "A LoRA (PEFT folder) beside it; may be repeated.", metavar="NAME=DIR"),
-    ] = None,
+    adapter: Annotated[list[str] | None, _flag("adapter", "A LoRA beside it; repeatable.", metavar="NAME=DIR")] = None,
+    code: Annotated[str | None, _flag("code", "A model beside it that fills gaps; none, or shoal-code.")] = None,
     host: Annotated[str, _flag("host", "Address to listen on; beyond this machine it takes a key.")] = "127.0.0.1",
     port: Annotated[int, _flag("port", "Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     served_name: Annotated[str | None, _flag("served-name", "Its name in the API; else its own.")] = None,
@@ -63,11 +62,13 @@ def run(
     POST /v1/chat/completions, /v1/completions, /v1/embeddings, /tokenize, /detokenize; GET /v1/models, /health,
     /version, /metrics, /openapi.json, and a page at /. The socket opens before the model is loaded: /health answers 503
     until then. SIGTERM or Ctrl-C finishes the running answers and exits 0. With a key, every route but /health and the
-    page's own files asks for it.
+    page's own files asks for it. Beside the default model runs shoal-code, which comes with Shoal: completions that
+    have a suffix and name no model are its work.
 
     [bold]Examples[/bold]
       shoal serve
       shoal serve --model ./DeepSeek-V2-Lite-Chat --port 8080
+      shoal serve code
       shoal serve --adapter sql=runs/sql/adapter --adapter mine=runs/mine/adapter
       shoal serve --host 0.0.0.0 --api-key-file keys.txt --log json
       curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
@@ -78,9 +79,11 @@ def run(
     from shoal.engine import LLM
     from shoal.server.run import bind, serve
 
+    model = served or model
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
     name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
-    adapters = _adapters(adapter or [], name)
+    code_name, code_path = _code_model(code, model)
+    adapters = _adapters(adapter or [], (name, code_name))
     keys = _Keys(api=api_key or [], file=api_key_file, admin=admin_key or [], without=without_key)
     policy = _policy(host, keys, cors_origin or [], log, log_prompts)
     sock = bind(host, port)
@@ -88,14 +91,16 @@ def run(
     say, traces = _Voice(log), Traces(trace_dir, keep_text=trace_text)
 
     def load() -> LLM:
-        llm = LLM(path, max_context=max_context, threads=threads, max_running=parallel)
+        limits: dict[str, Any] = {"max_context": max_context, "threads": threads, "max_running": parallel}
+        llm = LLM(path, **limits)
         for adapter_name, folder in adapters.items():
             llm.load_adapter(adapter_name, folder)
+        llm.beside.update({code_name: LLM(code_path, **limits)} if code_name and code_path else {})
         return traces.watch(llm)
 
     stopped = serve(
         load,
-        name=name, sock=sock, adapters=tuple(adapters), parallel=parallel, max_queue=max_queue,
+        name=name, sock=sock, adapters=tuple(adapters), code=code_name, parallel=parallel, max_queue=max_queue,
         request_seconds=request_seconds, drain_seconds=drain_seconds, price_per_hour=price_per_hour, policy=policy,
         on_start=lambda: say(f"listening on {address} (loading {name})", "listening", url=address, model=name),
         on_ready=say.ready,
@@ -107,14 +112,22 @@ def run(
         os._exit(0)
 
 
-def _adapters(given: list[str], model: str) -> dict[str, Path]:
+def _code_model(chosen: str | None, model: str) -> tuple[str | None, Path | None]:
+    """Name and place of the model that fills gaps beside `model`."""
+    from shoal import hub
+
+    name = chosen or ("shoal-code" if model == DEFAULT_MODEL else "none")
+    return (None, None) if name == "none" else (name, hub.resolve(name))
+
+
+def _adapters(given: list[str], taken: tuple[str | None, ...]) -> dict[str, Path]:
     """Folders by name."""
     out: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise ConfigError("adapter", f"{text!r} is not NAME=DIR")
-        if name in out or name == model:
+        if name in out or name in taken:
             raise ConfigError("adapter", f"the name {name!r} is taken")
         out[name] = Path(folder)
     return out

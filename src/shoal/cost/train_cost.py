@@ -26,10 +26,11 @@ _PHASE = re.compile(r"([0-9_]+(?:\.[0-9]+)?(?:e[0-9]+)?)([kmbt]?)(?:@([0-9_]+))?
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training: `tokens` in all, in sequences of `sequence_length`."""
+    """A stretch of training: `tokens` in all, in sequences of `sequence_length`; `mtp`: the MTP depths learn too."""
 
     tokens: float
     sequence_length: int
+    mtp: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def phase_cost(
         raise ConfigError("utilisation", f"must lie between 0 and 1, got {share!r}")
     if not 0 <= price < math.inf:
         raise ConfigError("dollars_per_hour", f"must be at least 0, got {price!r}")
-    per_token = train_flops(config, phase.sequence_length, checkpointing=checkpointing)
+    per_token = train_flops(config, phase.sequence_length, checkpointing=checkpointing, mtp=phase.mtp)
     flops = per_token.hardware * phase.tokens
     hours = flops / (machine.bf16_tflops * 1e12 * share) / 3600
     return PhaseCost(phase=phase, per_token=per_token, flops=flops, hours=hours, dollars=hours * price)

@@ -44,10 +44,17 @@ class TrainFlops:
 
 
 def train_flops(
-    config: ModelConfig, sequence_length: int, *, checkpointing: bool = False, causal: bool = True
+    config: ModelConfig, sequence_length: int, *, checkpointing: bool = False, causal: bool = True, mtp: bool = True
 ) -> TrainFlops:
-    """Count one token of training in sequences of `sequence_length`. `causal=False` counts masked pairs too."""
+    """Count one token of training in sequences of `sequence_length`.
+
+    Args:
+        causal: False counts masked pairs too.
+        mtp: False leaves the MTP depths out, which rest for part of a run (`losses.mtp_from`).
+    """
     forward = forward_flops(config, sequence_length, causal=causal)
+    if not mtp:
+        forward = {part: count for part, count in forward.items() if not part.startswith("mtp")}
     total = sum(forward.values())
     layers = total - forward["head"] - forward.get("mtp_head", 0.0)
     return TrainFlops(forward=forward, backward=2 * total, recompute=layers if checkpointing else 0.0)

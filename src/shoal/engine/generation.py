@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from collections.abc import Sequence as Several
 
 from shoal.engine.core import Core, Floats
 from shoal.engine.outputs import Chunk, Stats, TokenLogprob
@@ -129,3 +130,19 @@ class Generation:
         to_bytes = self._tokenizer.token_bytes
         top = tuple((token, to_bytes(token), logprob) for token, logprob in out.top)
         return TokenLogprob(token_id=out.token, text_bytes=to_bytes(out.token), logprob=out.logprob, top=top)
+
+
+def run_together(step: Callable[[], object], running: Several[Generation]) -> list[list[Chunk]]:
+    """All chunks of prepared generations, which an engine's `step` advances together."""
+    chunks: list[list[Chunk]] = [[] for _ in running]
+    try:
+        for generation in running:
+            generation.start()
+        while not all(generation.done for generation in running):
+            step()
+            for mine, generation in zip(chunks, running, strict=True):
+                mine.extend(generation.ready())
+    finally:
+        for generation in running:
+            generation.cancel()
+    return chunks

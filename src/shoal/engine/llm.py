@@ -95,6 +95,7 @@ class LLM:
             checkpoint = merge(checkpoint, load_adapter(adapter))
         self._merged = adapter is not None
         self._checkpoint = checkpoint
+        self.beside: dict[str, LLM] = {}  # other models by name, which `step` advances too
         self._adapters: dict[str, _Loaded] = {}
         self._num_loaded = 0
         self.path = checkpoint.path
@@ -233,9 +234,10 @@ class LLM:
         return Generation(self._core, self.tokenizer, sequence, score=score)
 
     def step(self) -> bool:
-        """Advance every started generation by one step: a token each, or a piece of their prompts. False if there is
-        nothing to do. A request that fails does so when its chunks are taken, not here."""
-        return self._core.step()
+        """Advance every started generation, those of `beside` too, by one step: a token each, or a piece of their
+        prompts. False if there is nothing to do. A request that fails does so when its chunks are taken, not here."""
+        worked = [self._core.step(), *(llm.step() for llm in self.beside.values())]
+        return any(worked)
 
     @property
     def load(self) -> Load:

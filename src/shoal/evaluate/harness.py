@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from shoal.engine import LLM, SamplingParams
-from shoal.engine.generation import Generation
+from shoal.engine.generation import Generation, run_together
 from shoal.engine.outputs import Chunk
 from shoal.errors import RequestError
 
@@ -103,27 +103,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         out: list[Any] = []
         for start in range(0, count, AT_ONCE):
             running = [prepare(index) for index in range(start, min(start + AT_ONCE, count))]
-            for index, chunks in enumerate(run_together(self.llm, running), start):
+            for index, chunks in enumerate(run_together(self.llm.step, running), start):
                 out.append(finish(index, chunks))
             if self.progress is not None:
                 self.progress(len(out), count)
         return out
-
-
-def run_together(llm: LLM, running: Sequence[Generation]) -> list[list[Chunk]]:
-    """All chunks of prepared generations, which the engine advances together."""
-    chunks: list[list[Chunk]] = [[] for _ in running]
-    try:
-        for generation in running:
-            generation.start()
-        while not all(generation.done for generation in running):
-            llm.step()
-            for mine, generation in zip(chunks, running, strict=True):
-                mine.extend(generation.ready())
-    finally:
-        for generation in running:
-            generation.cancel()
-    return chunks
 
 
 def sampling(wishes: dict[str, Any]) -> SamplingParams:

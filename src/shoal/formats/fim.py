@@ -1,7 +1,9 @@
 """Fill-in-the-middle: the control tokens by which a model was taught to write what lies between two texts.
 
 Every family puts the known text first: `<begin> prefix <hole> suffix <end>`, and the model goes on with the middle
-(Bavarian et al. 2022, arXiv 2207.14255, PSM order).
+(Bavarian et al. 2022, arXiv 2207.14255, PSM order). Shoal's own small model says `"fim_order": "spm"` in its
+tokenizer_config.json and is asked in the paper's second form of SPM, `<begin> <hole> suffix <end> prefix`: an empty
+prefix, and a middle that begins with the known one, so that the gap follows it directly.
 """
 
 from __future__ import annotations
@@ -37,4 +39,6 @@ def fim_prompt(tokenizer: Tokenizer, prefix: Sequence[int], suffix: Sequence[int
     if marks is None:
         return None
     bos = [tokenizer.bos_token_id] if tokenizer.add_bos and tokenizer.bos_token_id is not None else []
+    if tokenizer.fim_order == "spm":
+        return [*bos, marks[0], marks[1], *suffix, marks[2], *prefix]
     return [*bos, marks[0], *prefix, marks[1], *suffix, marks[2]]

@@ -62,6 +62,7 @@ class Tokenizer:
         bos_token_id, pad_token_id: None where the model has none.
         eos_token_ids: every id that ends a text, the main one first.
         add_bos: whether `encode` starts with the bos token by default.
+        fim_order: in which order the model is asked to fill a gap, `psm` or `spm` (`fim.fim_prompt`).
         strips_first_space: SentencePiece style, where the first word carries a space that is no part of the text.
     """
 
@@ -74,6 +75,7 @@ class Tokenizer:
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int | None = None,
         add_bos: bool | None = None,
+        fim_order: str = "psm",
     ) -> None:
         """`data` is a `tokenizer.json` that `tokenizer_json.check` has accepted; `where` names it in errors.
 
@@ -108,6 +110,7 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.pad_token_id = pad_token_id
+        self.fim_order = fim_order
         starts = tokenizer_json.template_start(data)
         self.add_bos = bos_token_id is not None and (bos_token_id == starts if add_bos is None else add_bos)
 
@@ -243,6 +246,7 @@ class Tokenizer:
         names = self.special_strings
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos, "add_eos_token": False}
         config |= {"clean_up_tokenization_spaces": False, **names}
+        config |= {} if self.fim_order == "psm" else {"fim_order": self.fim_order}
         files = {"tokenizer.json": self._source}
         files["special_tokens_map.json"] = orjson.dumps(names, option=orjson.OPT_INDENT_2)
         files["tokenizer_config.json"] = orjson.dumps(config, option=orjson.OPT_INDENT_2)
@@ -284,6 +288,7 @@ def load_tokenizer_json(
         eos_token_ids=([] if eos is None else [eos]) + given,
         pad_token_id=pad if pad is not None else _within(pad_token_id, size),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
+        fim_order="spm" if config.get("fim_order") == "spm" else "psm",
     )
 
 

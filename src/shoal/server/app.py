@@ -109,7 +109,7 @@ def _middleware(policy: Policy) -> list[Middleware]:
 
 async def list_models(request: Request) -> Response:
     service = service_of(request)
-    cards = [_model_card(service, name) for name in (service.name, *service.adapters)]
+    cards = [_model_card(service, name) for name in service.names]
     return json_response({"object": "list", "data": cards})
 
 
@@ -145,8 +145,8 @@ def _model_card(service: Service, name: str) -> dict[str, object]:
     """As vLLM shows them, an adapter with its model as `parent`; but `root` is a name, not a path of this machine."""
     card: dict[str, object] = {"id": name, "object": "model", "created": service.created, "owned_by": "shoal"}
     card["root"] = name
-    if name != service.name:
+    if name in service.adapters:
         card["parent"] = service.name
     if service.worker.state == "ready":
-        card["max_model_len"] = service.worker.engine().max_context
+        card["max_model_len"] = service.engine_for(name).max_context
     return card

@@ -10,16 +10,16 @@ from shoal.engine.embedding import Embedder, Embedding
 
 
 class EmbeddingQueue:
-    """The one embedder of a server, made when first wanted, and the jobs that take turns at it, the oldest first."""
+    """The one embedder of each model, made when first wanted, and the jobs that take turns at it, the oldest first."""
 
     def __init__(self) -> None:
         self.jobs: list[EmbeddingJob] = []
-        self._embedder: Embedder | None = None
+        self._embedders: dict[str, Embedder] = {}
 
     def embedder(self, llm: LLM) -> Embedder:
-        if self._embedder is None:
-            self._embedder = llm.embedder()
-        return self._embedder
+        if llm.name not in self._embedders:
+            self._embedders[llm.name] = llm.embedder()
+        return self._embedders[llm.name]
 
 
 class EmbeddingJob:

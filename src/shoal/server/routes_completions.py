@@ -41,13 +41,14 @@ SHORT = 1024  # characters or tokens
 async def completions(request: Request) -> Response:
     body = parse_request(CompletionRequest, await read_json(request))
     service = service_of(request)
-    llm = service.engine_for(body.model)
+    model = service.gap_filler(body.model) if body.suffix else body.model
+    llm = service.engine_for(model)
     if _is_short(body):
         generations, echoes = _prepare(service, llm, body)
     else:
         generations, echoes = await anyio.to_thread.run_sync(_prepare, service, llm, body)
     results = service.worker.submit(generations, seconds=body.timeout, whole=not body.stream)
-    reply = _Reply(request, body, echoes)
+    reply = _Reply(request, body, model, echoes)
     if body.stream:
         return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
@@ -141,10 +142,10 @@ class _Choice:
 class _Reply:
     """The answer to one request: events for a stream, one body otherwise."""
 
-    def __init__(self, http: Request, request: CompletionRequest, echoes: list[str]) -> None:
+    def __init__(self, http: Request, request: CompletionRequest, model: str | None, echoes: list[str]) -> None:
         self._service = service = service_of(http)
         self._note: dict[str, Any] = http.scope["note"]
-        self._head = service.head("cmpl", "text_completion", request.model)
+        self._head = service.head("cmpl", "text_completion", model)
         self._request = request
         self._echoes = echoes
         self._choices: dict[int, _Choice] = {}

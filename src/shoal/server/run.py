@@ -59,6 +59,7 @@ def serve(
     drain_seconds: int = DRAIN_SECONDS,
     price_per_hour: float | None = None,
     adapters: tuple[str, ...] = (),
+    code: str | None = None,
     policy: Policy | None = None,
     on_start: Callable[[], None] | None = None,
     on_ready: Callable[[LLM], None] | None = None,
@@ -67,8 +68,8 @@ def serve(
 
     The socket answers (503) while the model loads. A second SIGINT ends at once. `on_start` is called when signals are
     handled and the loading begins, `on_ready` (on another thread) when it is done. `parallel`, `max_queue` and
-    `request_seconds` are those of `EngineWorker`; `adapters` are those of the model. A server on a loopback
-    address answers to loopback names only.
+    `request_seconds` are those of `EngineWorker`; `adapters` are those of the model, `code` is the name in `LLM.beside`
+    of one that fills gaps. A server on a loopback address answers to loopback names only.
 
     Returns:
         False if the engine's thread could not be stopped because it is still loading. It is a daemon, but Python cannot
@@ -96,7 +97,7 @@ def serve(
     )
     hosts = LOOPBACK if is_loopback(sock.getsockname()[0]) else None
     app = create_app(
-        Service(name=name, worker=worker, adapters=adapters, price_per_hour=price_per_hour),
+        Service(name=name, worker=worker, adapters=adapters, code=code, price_per_hour=price_per_hour),
         replace(policy or Policy(), hosts=hosts),
     )
     server = uvicorn.Server(uvicorn_config(app, drain_seconds=drain_seconds))

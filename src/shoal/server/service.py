@@ -16,6 +16,7 @@ import shoal
 from shoal.engine import LLM, Stats
 from shoal.engine.grammar import in_short
 from shoal.errors import RequestError
+from shoal.formats.fim import fim_marks
 from shoal.server.constraints import Constraint
 from shoal.server.embedding_job import EmbeddingQueue
 from shoal.server.errors import ApiError, json_response
@@ -34,6 +35,7 @@ class Service:
     name: str
     worker: EngineWorker
     adapters: tuple[str, ...] = ()  # of the engine, that a request may ask for instead of the model
+    code: str | None = None  # a model in `LLM.beside` that fills gaps for those who name no model
     price_per_hour: float | None = None  # of the machine, in US dollars
     embeddings: EmbeddingQueue = field(default_factory=EmbeddingQueue)
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
@@ -44,19 +46,30 @@ class Service:
         """Changes when the model or the version of Shoal does, so that a seed's promise can be checked."""
         return "fp_" + hashlib.sha256(f"{shoal.__version__} {self.name}".encode()).hexdigest()[:12]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.adapters, *((self.code,) if self.code else ()))
+
+    def gap_filler(self, model: str | None) -> str | None:
+        """The model that fills a gap: the one that was asked for, or else one that can."""
+        if model is None and self.code and fim_marks(self.worker.engine().tokenizer) is None:
+            return self.code
+        return model
+
     def engine_for(self, model: str | None) -> LLM:
         self.check_model(model)
-        return self.worker.engine()
+        llm = self.worker.engine()
+        return llm.beside[self.code] if model is not None and model == self.code else llm
 
     def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a request's `model` asks for, if it is one."""
         return model if model in self.adapters else None
 
     def check_model(self, model: str | None) -> None:
-        if model is not None and model not in (self.name, *self.adapters):
+        if model is not None and model not in self.names:
             shown = model if len(model) <= 100 else model[:100] + "…"
-            served = " and ".join(map(repr, (self.name, *self.adapters)))
-            verb = "are" if self.adapters else "is"
+            served = " and ".join(map(repr, self.names))
+            verb = "are" if len(self.names) > 1 else "is"
             raise ApiError(
                 404, f"model {shown!r} is not served here; {served} {verb}", param="model", code="model_not_found"
             )

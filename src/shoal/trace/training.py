@@ -37,16 +37,14 @@ def summarise_log(path: Path, *, last: int = LAST_STEPS) -> list[LayerSummary]:
         raise FileError(path, error.strerror or "cannot be read") from error
     if not steps:
         raise FileError(path, "holds no router statistics: no step was logged, or the model has no experts")
-    if any(_shape(step) != _shape(steps[0]) for step in steps):
-        raise FileError(path, "mixes models with other layers or experts", item="router")
-    return [
-        layer_summary(layer, np.sum([step[layer] for step in steps], axis=0), tokens=sum(tokens))
-        for layer in sorted(steps[0])
-    ]
-
-
-def _shape(step: dict[int, Any]) -> dict[int, int]:
-    return {layer: len(load) for layer, load in step.items()}
+    out = []
+    for layer in sorted({layer for step in steps for layer in step}):
+        # An MTP layer may rest at first (`losses.mtp_from`).
+        found = [(step[layer], count) for step, count in zip(steps, tokens, strict=True) if layer in step]
+        if len({len(load) for load, _ in found}) > 1:
+            raise FileError(path, "mixes models with other experts", item=f"router: layer {layer}")
+        out.append(layer_summary(layer, np.sum([load for load, _ in found], axis=0), tokens=sum(n for _, n in found)))
+    return out
 
 
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:

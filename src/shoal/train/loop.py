@@ -155,7 +155,6 @@ class Run:
         self.step = 0
         self.saved = -1
         self._resume()
-        self.flops_per_token = train_flops(recipe.model, recipe.sequence_length).model
         self.rate = matrix_rate(torch.bfloat16 if recipe.precision == "bf16" else torch.float32, process.device)
         self.pace = Pace()
         self.log = Log(self.out / LOG, self.step, tensorboard=recipe.tensorboard) if process.leads else None
@@ -193,7 +192,7 @@ class Run:
         Raises:
             RunError: loss or gradient is not finite. Nothing has been updated.
         """
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         recipe, process = self.recipe, self.process
         batch = self.batches.batch_at(self.step, rank=process.rank, world=process.world)
         num_targets = process.sum(torch.tensor(int((batch.targets_BT != IGNORE).sum()), device=process.device))
@@ -221,6 +220,7 @@ class Run:
         self.step += 1
         seconds = time.perf_counter() - started
         tok_s = recipe.tokens_per_step / seconds
+        flops = self.flops_per_token(self.step - 1)
         return {
             "step": self.step,
             "loss": parts.pop("next"),
@@ -229,14 +229,22 @@ class Run:
             "grad_norm": norm,
             "tok_s": tok_s,
             "seconds": seconds,
+            "cpu_seconds": time.process_time() - worked,
             "tokens": self.step * recipe.tokens_per_step,
-            "utilisation": tok_s * self.flops_per_token / (self.rate * process.world),
+            "flops": recipe.tokens_per_step * flops,
+            "utilisation": tok_s * flops / (self.rate * process.world),
             **self._router_statistics(),
         }
 
+    def flops_per_token(self, step: int) -> float:
+        """Operations that step `step` (from 0) takes for a token."""
+        recipe = self.recipe
+        mtp = recipe.losses.at(step, recipe.steps).mtp_weight > 0
+        return train_flops(recipe.model, recipe.sequence_length, mtp=mtp).model
+
     def losses(self, micro: TextBatch, num_targets: Tensor) -> Losses:
         """What a part of a step costs; `num_targets` are the targets of the whole step."""
-        settings, rows = self.recipe.losses, self.recipe.batch
+        settings, rows = self.recipe.losses.at(self.step, self.recipe.steps), self.recipe.batch
         return language_loss(self.model, micro, settings, num_targets=num_targets, num_rows=rows)
 
     def _router_statistics(self) -> Record:

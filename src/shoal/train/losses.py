@@ -9,7 +9,7 @@ Shapes: B batch, T tokens of a row, X = B · T tokens, C tokens of a chunk, D mo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +34,13 @@ class LossSettings:
 
     Attributes:
         mtp_weight: λ of DeepSeek-V3 §2.2, divided among the MTP depths. Published: 0.3, in the last third 0.1.
+        mtp_from: share of the steps before which the MTP depths rest and cost nothing. Published: 0.
         balance_weight: α of the sequence-wise balance loss, DeepSeek-V3 §2.1.2. Published: 0.0001.
         z_weight: of the mean square of log Σ exp(logits), which keeps logits from drifting (PaLM, arXiv 2204.02311 §5).
     """
 
     mtp_weight: float = 0.3
+    mtp_from: float = 0.0
     balance_weight: float = 1e-4
     z_weight: float = 0.0
 
@@ -46,6 +48,12 @@ class LossSettings:
         for name in ("mtp_weight", "balance_weight", "z_weight"):
             if not 0.0 <= getattr(self, name) <= 100.0:
                 raise ConfigError(name, f"must lie between 0 and 100, got {getattr(self, name)!r}")
+        if not 0.0 <= self.mtp_from <= 1.0:
+            raise ConfigError("mtp_from", f"must lie between 0 and 1, got {self.mtp_from!r}")
+
+    def at(self, step: int, steps: int) -> LossSettings:
+        """The settings of step `step` (from 0) of `steps`."""
+        return replace(self, mtp_weight=0.0) if step < self.mtp_from * steps else self
 
 
 class TextBatch(NamedTuple):

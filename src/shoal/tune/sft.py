@@ -168,8 +168,11 @@ class TuneRun(Run):
         model = self._model()
         batches = Batches(windows=data.rows, batch=recipe.batch, seed=recipe.seed)
         self._begin(model, batches, data.held_out, data.digest)
-        if recipe.tune.method != "full":  # no gradient of the base's weights is made
-            self.flops_per_token *= 2 / 3
+
+    def flops_per_token(self, step: int) -> float:
+        whole = super().flops_per_token(step)
+        # With adapters no gradient of the base's weights is made.
+        return whole if self.recipe.tune.method == "full" else whole * 2 / 3
 
     def _model(self) -> Model:
         recipe, tune = self.recipe, self.recipe.tune

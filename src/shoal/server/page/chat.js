@@ -108,6 +108,7 @@ export class Chat {
       ...(app.facts?.experts ? { routing: true } : {}),
     };
     conversation.messages.push(reply);
+    if (app.facts) app.experts.setFacts(app.facts);
     this.show();
     this.busy(new AbortController());
     notice("");

@@ -27,9 +27,11 @@ export class Complete {
     notice("");
     const { app } = this;
     const sampling = app.sampling();
+    const facts = (this.suffix && app.facts?.code) || app.facts;
+    if (facts) app.experts.setFacts(facts);
     const body = {
-      model: app.facts?.model, prompt, max_tokens: 128, ...sampling, stream_options: { include_usage: true },
-      ...(this.suffix ? { suffix: this.suffix } : {}), ...(app.facts?.experts ? { routing: true } : {}),
+      model: facts?.model, prompt, max_tokens: 128, ...sampling, stream_options: { include_usage: true },
+      ...(this.suffix ? { suffix: this.suffix } : {}), ...(facts?.experts ? { routing: true } : {}),
     };
     let text = "";
     const result = $("result");

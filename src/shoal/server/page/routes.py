@@ -80,4 +80,7 @@ async def show_file(request: Request) -> Response:
 async def show_facts(request: Request) -> Response:
     """GET /v1/shoal: the model's experts and cache, in numbers."""
     service = service_of(request)
-    return json_response(facts(service.worker.engine(), service.name))
+    llm = service.worker.engine()
+    filler = service.gap_filler(None)
+    code = None if filler is None else facts(llm.beside[filler], filler)
+    return json_response({**facts(llm, service.name), "code": code})
