@@ -228,21 +228,22 @@ class PlanEngine {
     }
 
     // Where the last step of program 0 sent its tokens, in every layer with experts: experts and weights [L, T, K],
-    // entropy [L, T] of the router's probabilities. A copy of what the step left behind: it costs the step nothing.
-    void routing(Routes experts, RouteWeights weights, OutFloats entropy) const {
+    // the router's scores [L, T, E]. A copy of what the step left behind: it costs the step nothing.
+    void routing(Routes experts, RouteWeights weights, RouteWeights scores) const {
         const auto layers = routed_layers();
         const bool whole = experts.shape(0) == layers.size() && long(experts.shape(1)) == rows_ && rows_ > 0;
         require(whole && weights.shape(0) == layers.size() && long(weights.shape(1)) == rows_ &&
-                    weights.shape(2) == experts.shape(2) && entropy.shape(0) == layers.size() &&
-                    long(entropy.shape(1)) == rows_,
+                    weights.shape(2) == experts.shape(2) && scores.shape(0) == layers.size() &&
+                    long(scores.shape(1)) == rows_,
                 "routing of another step");
         for (const auto* op : layers)
-            require(op->active == long(experts.shape(2)), "another number of experts a token");
+            require(op->active == long(experts.shape(2)) && op->experts == long(scores.shape(2)),
+                    "another number of experts");
         nb::gil_scoped_release unlocked;
         const long step = rows_ * long(experts.shape(2));
         for (size_t i = 0; i < layers.size(); ++i)
             layers[i]->last_routing(rows_, experts.data() + i * step, weights.data() + i * step,
-                                    entropy.data() + i * rows_);
+                                    scores.data() + i * rows_ * scores.shape(2));
     }
 
     void head(long in, Floats norm, float eps, const Packed& weight, std::optional<OutFloats> moments) {

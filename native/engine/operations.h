@@ -183,9 +183,8 @@ struct FeedForward final : Operation {
     };
     std::vector<Slots> slots;   // [members]: each has its own; what was chosen for many tokens stands in the first
     uint64_t expert_reads = 0;  // of all steps together: an expert's weights are read once a step
-    // Copies what the last step chose, if anybody asks: experts and weights [T, K], and the entropy in nats of each
-    // token's router probabilities over all experts [T].
-    void last_routing(long tokens, int32_t* experts_out, float* weights_out, float* entropy_out) const;
+    // Copies what the last step chose, if anybody asks: experts and weights [T, K], and the router's scores [T, E].
+    void last_routing(long tokens, int32_t* experts_out, float* weights_out, float* scores_out) const;
     void reserve(Engine& engine, const Step& step) override;
     void run(const Worker& worker) override;
 

@@ -64,20 +64,10 @@ void FeedForward::route(const float* scores, int32_t* experts_out, float* weight
     for (long k = 0; k < active; ++k) weights_out[k] *= factor;
 }
 
-void FeedForward::last_routing(long tokens, int32_t* experts_out, float* weights_out, float* entropy_out) const {
+void FeedForward::last_routing(long tokens, int32_t* experts_out, float* weights_out, float* scores_out) const {
     std::copy_n(slots[0].chosen.begin(), tokens * active, experts_out);
     std::copy_n(slots[0].weight.begin(), tokens * active, weights_out);
-    const float* scores = const_cast<Scratch&>(logits).array<float>(0);
-    for (long t = 0; t < tokens; ++t, scores += experts) {
-        const float top = *std::max_element(scores, scores + experts);
-        float total = 0, weighted = 0;  // of p / total: ln total - sum(p ln p) / total
-        for (long e = 0; e < experts; ++e) {
-            const float p = sigmoid ? 1.0f / (1.0f + std::exp(-scores[e])) : std::exp(scores[e] - top);
-            total += p;
-            weighted += p > 0 ? p * (sigmoid ? std::log(p) : scores[e] - top) : 0.0f;
-        }
-        entropy_out[t] = std::log(total) - weighted / total;
-    }
+    std::copy_n(const_cast<Scratch&>(logits).array<float>(0), tokens * experts, scores_out);
 }
 
 // In slots tokens keep their order: a token's experts add up in the same order always.

@@ -168,6 +168,6 @@ def test_asking_for_another_step_s_routing_is_refused() -> None:
     assert checkpoint.config.moe is not None
     active = checkpoint.config.moe.num_experts_per_tok
     for shape in ((layers, 3, active), (layers + 1, 3, active), (layers, 0, active)):
-        arrays = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(shape[:2], np.float32)
+        arrays = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty((*shape[:2], 16), np.float32)
         with pytest.raises(ValueError, match="routing of another step"):
             engine.routing(*arrays)

@@ -34,7 +34,7 @@ def routing(
         first=first, prompt_tokens=3, tokens=tuple((first + i) % 4 for i in range(count)),
         experts_LTK=np.ascontiguousarray(experts, np.int32),
         weights_LTK=rng.random((*size, shape.num_experts_per_tok), np.float32),
-        entropy_LT=rng.random(size, np.float32),
+        scores_LTE=rng.standard_normal((*size, shape.n_routed_experts), np.float32), sigmoid=True,
         step=Step(number=step, rows=count + 1, started=time.perf_counter(), seconds=0.001 * step),
     )  # fmt: skip
 

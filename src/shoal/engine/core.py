@@ -337,7 +337,8 @@ class Core:
     def _report_routing(self, batch: _Batch, step: Step, kept: list[int]) -> None:
         """Tell who asked where the step's tokens went. Wrong drafts are none of the sequence's tokens, and what is read
         a second time, after its pages were given back, goes where it went before."""
-        experts_LTK, weights_LTK, entropy_LT = read_routing(self._engine, self._config, step.rows)
+        experts_LTK, weights_LTK, scores_LTE = read_routing(self._engine, self._config, step.rows)
+        sigmoid = self._config.moe is not None and self._config.moe.scoring_func == "sigmoid"
         for piece, row, accepted in zip(batch.slices, batch.first_row.tolist(), kept, strict=False):
             sequence = piece.sequence
             skip = max(0, sequence.routed - piece.start)
@@ -349,7 +350,7 @@ class Core:
             routing = Routing(
                 first=piece.start + skip, prompt_tokens=sequence.prompt_tokens, tokens=tuple(tokens),
                 experts_LTK=experts_LTK[:, rows],
-                weights_LTK=weights_LTK[:, rows], entropy_LT=entropy_LT[:, rows], step=step,
+                weights_LTK=weights_LTK[:, rows], scores_LTE=scores_LTE[:, rows], sigmoid=sigmoid, step=step,
             )  # fmt: skip
             try:
                 for listen in sequence.on_routing:

@@ -1,6 +1,6 @@
 """Where a step sent the tokens of a sequence: which experts, how strongly, how undecided the router was.
 
-Letters: L layers with experts, T tokens, K picked experts.
+Letters: L layers with experts, T tokens, E experts, K picked ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Routing:
         tokens: their ids.
         experts_LTK: picked experts, best first, of each layer in `routed_layers`.
         weights_LTK: the factors of their outputs, scaling included.
-        entropy_LT: of the router's probabilities over all experts (sigmoid scores divided by their sum), in nats.
+        scores_LTE: what the router gave every expert, from which `entropy_LT` is made where it is wanted: the engine's
+            thread has no time for it.
+        sigmoid: whether its probabilities are sigmoids divided by their sum, or a softmax.
     """
 
     first: int
@@ -46,8 +48,14 @@ class Routing:
     tokens: tuple[int, ...]
     experts_LTK: Ids
     weights_LTK: Floats
-    entropy_LT: Floats
+    scores_LTE: Floats
+    sigmoid: bool
     step: Step
+
+    @property
+    def entropy_LT(self) -> Floats:
+        """Of the router's probabilities over all experts, in nats."""
+        return router_entropy(self.scores_LTE, sigmoid=self.sigmoid)
 
 
 OnRouting = Callable[[Routing], None]
@@ -59,10 +67,23 @@ def routed_layers(config: ModelConfig) -> list[int]:
 
 
 def read_routing(engine: native.Engine, config: ModelConfig, rows: int) -> tuple[Ids, Floats, Floats]:
-    """Experts and weights [L, T, K] and entropy [L, T] of the `rows` that the engine ran last."""
+    """Experts and weights [L, T, K] and scores [L, T, E] of the `rows` that the engine ran last."""
     assert config.moe is not None
     shape = (len(routed_layers(config)), rows, config.moe.num_experts_per_tok)
     experts_LTK, weights_LTK = np.empty(shape, np.int32), np.empty(shape, np.float32)
-    entropy_LT = np.empty(shape[:2], np.float32)
-    engine.routing(experts_LTK, weights_LTK, entropy_LT)
-    return experts_LTK, weights_LTK, entropy_LT
+    scores_LTE = np.empty((*shape[:2], config.moe.n_routed_experts), np.float32)
+    engine.routing(experts_LTK, weights_LTK, scores_LTE)
+    return experts_LTK, weights_LTK, scores_LTE
+
+
+def router_entropy(scores_LTE: Floats, *, sigmoid: bool) -> Floats:
+    """Of p / total: ln total − Σ p ln p / total, in nats [L, T]."""
+    if sigmoid:
+        odds = np.exp(np.minimum(-scores_LTE, 80.0))  # beyond, p ln p is 0 in float32
+        p, logs = 1 / (1 + odds), -np.log(1 + odds)
+    else:
+        logs = scores_LTE - scores_LTE.max(axis=-1, keepdims=True)
+        p = np.exp(logs)
+    total = p.sum(axis=-1)
+    out: Floats = np.log(total) - np.einsum("lte,lte->lt", p, logs) / total
+    return out

@@ -1,7 +1,7 @@
 """Recording while a model runs: reports go into memory, a thread of its own turns them into files.
 
-Memory stays bounded: at most three groups of about 65536 rows wait. A file appears when it is whole; a process that is
-killed leaves the ones before it, and a disk that is full none that is broken.
+Memory stays bounded: at most three groups of about 65536 rows and 32 MiB wait. A file appears when it is whole; a
+process that is killed leaves the ones before it, and a disk that is full none that is broken.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from shoal.formats.atomic import atomic_file
 from shoal.trace.table import Heard, Shape, TokenText, to_table
 
 GROUP_ROWS = 1 << 16
+GROUP_BYTES = 32 << 20  # of router scores
 FILE_ROWS = 1 << 23
 FILE_SECONDS = 600.0
 
@@ -57,7 +58,8 @@ class Recorder:
         self.tokens = 0
         self.files: list[Path] = []
         self._path, self._shape, self._text, self._folder = path, shape, text, folder
-        self._group_rows, self._file_seconds, self._on_failure = group_rows, file_seconds, on_failure
+        self._group_rows = min(group_rows, max(1, GROUP_BYTES // (4 * shape.n_routed_experts)))
+        self._file_seconds, self._on_failure = file_seconds, on_failure
         self._begin = time.perf_counter()
         self._requests = itertools.count()
         self._group: list[Heard] = []

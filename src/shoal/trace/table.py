@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shoal.config import ModelConfig
-from shoal.engine.routing import Routing, routed_layers
+from shoal.engine.routing import Routing, routed_layers, router_entropy
 from shoal.errors import ConfigError, FileError, MissingExtraError
 
 try:
@@ -93,6 +93,7 @@ def to_table(parts: Sequence[Heard], shape: Shape, *, begin: float, text: TokenT
     tokens = by_token(lambda part: part.routing.tokens, np.int32)
     positions = [part.routing.first + np.arange(len(part.routing.tokens)) for part in parts]
     generated = [place >= part.routing.prompt_tokens for place, part in zip(positions, parts, strict=True)]
+    scores_LRE = np.concatenate([part.routing.scores_LTE for part in parts], axis=1)
     kind, width = schema.field("experts").type.value_type, shape.num_experts_per_tok
     columns = {
         "request": by_token(lambda part: part.request, np.int32),
@@ -103,7 +104,7 @@ def to_table(parts: Sequence[Heard], shape: Shape, *, begin: float, text: TokenT
         "layer": np.tile(np.array(shape.layers, np.int16), len(tokens) // layers),
         "experts": pa.FixedSizeListArray.from_arrays(pa.array(by_row("experts_LTK")).cast(kind), width),
         "weights": pa.FixedSizeListArray.from_arrays(pa.array(by_row("weights_LTK")), width),
-        "entropy": by_row("entropy_LT"),
+        "entropy": router_entropy(scores_LRE, sigmoid=parts[0].routing.sigmoid).T.ravel(),
         "step": by_token(lambda part: part.routing.step.number, np.int64),
         "step_rows": by_token(lambda part: part.routing.step.rows, np.int32),
         "start": by_token(lambda part: part.routing.step.started - begin, np.float64),

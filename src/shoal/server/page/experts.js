@@ -112,8 +112,8 @@ export class ExpertView {
   buildLegend() {
     this.picked = h("span", { class: "pick", "aria-hidden": "true" });
     return h("p", { class: "legend fine" },
-      h("span", { class: "ramp", "aria-hidden": "true" }), h("span", {}, "unused · even share · three times that"),
-      this.picked, h("span", {}, "picked for the chosen token"));
+      h("span", { class: "key" }, "unused", h("span", { class: "ramp", "aria-hidden": "true" }), "3 × an even share"),
+      h("span", { class: "key" }, this.picked, "picked for the chosen token"));
   }
 
   buildCache() {
