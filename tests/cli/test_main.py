@@ -68,7 +68,8 @@ def test_every_verb_opens_with_its_summary_and_shows_examples(shoal: Shoal, verb
 
 def test_every_file_of_the_command_line_is_a_verb_or_shared() -> None:
     files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
-    assert files == set(cli.VERBS) | {"__init__", "main", "console", "machine"}
+    seconds = {stem for stem in files if "_" in stem and stem.partition("_")[0] in cli.VERBS}  # a verb's second file
+    assert files - seconds == set(cli.VERBS) | {"__init__", "main", "console", "machine"}
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,8 @@ def test_every_flag_has_a_twin_in_the_environment() -> None:
     app = typer.Typer()
     app.command()(cli.run)
     params = [param for param in get_command(app).params if "completion" not in str(param.name)]
-    found = {str(param.name).replace("_", "-"): param.envvar for param in params if param.name != "help"}
+    flags = [param for param in params if param.param_type_name == "option" and param.name != "help"]
+    found = {str(param.name).replace("_", "-"): param.envvar for param in flags}
     assert found == settings.SERVE_FLAGS
     assert len(set(found.values())) == len(found)
 
