@@ -14,13 +14,6 @@ namespace {
 
 constexpr int kLatentStage = 3, kHeadStage = 4;  // behind those of the absorbed form
 
-float bf16_to_float(uint16_t value) {
-    const uint32_t bits = uint32_t(value) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
-
 // Values as the cache keeps them: f32, or bf16.
 void store_values(bool bf16, uint8_t* at, const float* values, long count) {
     if (!bf16) {

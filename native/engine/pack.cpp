@@ -31,11 +31,7 @@ float float_at(const SourceRows& source, const uint8_t* row, long col) {
         return value;
     }
     const uint16_t bits = load16(row + 2 * col);
-    if (source.kind == Source::f16) return half_to_float(bits);
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
+    return source.kind == Source::f16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
 // 1 / scale; 0 where the scale is 0 or so small that the quotient is no float: every code then stands for zero.
@@ -332,8 +328,7 @@ void unpack_row(const PackedMatrix& matrix, long row, float* out) {
             continue;
         }
         if (matrix.packing == Packing::bf16) {
-            const uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(block)[k * 16 + lane]) << 16;
-            std::memcpy(&out[col], &bits, 4);
+            out[col] = bf16_to_float(reinterpret_cast<const uint16_t*>(block)[k * 16 + lane]);
             continue;
         }
         const float scale = half_to_float(load16(block + 2 * (half * 16 + lane)));

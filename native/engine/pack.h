@@ -33,6 +33,13 @@ void unpack_row(const PackedMatrix& matrix, long row, float* out);
 
 float half_to_float(uint16_t half);
 uint16_t float_to_half(float value);
+inline float bf16_to_float(uint16_t value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
 inline uint16_t float_to_bf16(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);

@@ -359,9 +359,7 @@ int check_cache_rows(const shoal::Ops& ops) {
         std::vector<uint16_t> wide(width);
         ops.widen_rows(row.data(), long(row.size()), shoal::round_up(width, 4), 1, width, wide.data());
         for (long i = 0; i < width; ++i) {
-            const uint32_t bits = uint32_t(wide[i]) << 16;
-            float value;
-            std::memcpy(&value, &bits, 4);
+            const float value = shoal::bf16_to_float(wide[i]);
             const float top = i < 64 ? 2000.0f : 25.0f;  // half a step of the code, and bf16's rounding
             const bool near = std::fabs(value - values[i]) <= top / 250.0f + std::fabs(values[i]) / 256.0f;
             failed += i < 128 || std::isfinite(fault) ? !near : !std::isnan(value);

@@ -312,7 +312,9 @@ class Core:
         ended = time.perf_counter()
         self._steps += 1
         each = (ended - started) / len(batch.tokens)
-        best: list[int] = logits.argmax(axis=1).tolist()  # of all rows in one call: each lets other threads in between
+        best: list[int] = []  # of all rows in one call: each lets other threads in between
+        if any(piece.last for piece in batch.slices):  # else prompts are read or scored, and nothing is chosen
+            best = logits.argmax(axis=1).tolist()
         row = 0
         for piece in batch.slices:
             first, row = row, row + piece.rows - piece.logits_from

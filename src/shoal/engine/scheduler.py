@@ -210,10 +210,9 @@ class Scheduler:
 
 def _prefills(sequences: list[Sequence], room: int) -> list[Slice]:
     scored = sum(sequence.watch is not None for sequence in sequences)
-    wants = [
-        _next_part(sequence) if sequence.watch is None else min(_next_part(sequence), max(1, SCORE_ROWS // scored))
-        for sequence in sequences
-    ]
+    most = max(1, SCORE_ROWS // max(1, scored))  # rows that each scored prompt may have
+    parts = map(_next_part, sequences)
+    wants = [part if s.watch is None else min(part, most) for s, part in zip(sequences, parts, strict=True)]
     return [
         _piece(sequence, count) for sequence, count in zip(sequences, share_out(room, wants), strict=True) if count > 0
     ]
