@@ -72,6 +72,13 @@ def test_metrics_count_what_happened() -> None:
     assert "shoal_cost_usd_total" in found
 
 
+def test_the_speed_of_an_answer_of_one_token_is_none() -> None:
+    with running(FakeLLM) as server:
+        for count, speed in ((1, 0.0), (3, 20.0)):  # the fake decodes for a tenth of a second
+            timings = server.http.post(CHAT, json={**ASK, "max_tokens": count}).json()["timings"]
+            assert (timings["predicted_n"], timings["predicted_per_second"]) == (count, speed)
+
+
 def test_a_bucket_holds_its_own_bound() -> None:
     histogram = Histogram((0.1, 1.0))
     for value in (0.1, 0.5, 1.0, 7.0):

@@ -175,6 +175,7 @@ def timings(stats: Sequence[Stats]) -> dict[str, Any]:
     queue = max(stat.queue_seconds for stat in stats)
     prompt = max(stat.prompt_seconds - stat.queue_seconds for stat in stats)
     decode = max(stat.decode_seconds for stat in stats)
+    later = written - sum(stat.completion_tokens > 0 for stat in stats)  # the first ones come with their prompts
     return {
         "cache_n": sum(stat.cached_tokens for stat in stats),
         "prompt_n": read,
@@ -182,7 +183,7 @@ def timings(stats: Sequence[Stats]) -> dict[str, Any]:
         "prompt_per_second": round(read / prompt, 2) if prompt > 0 else 0.0,
         "predicted_n": written,
         "predicted_ms": _ms(decode),
-        "predicted_per_second": round(written / decode, 2) if decode > 0 else 0.0,
+        "predicted_per_second": round(later / decode, 2) if decode > 0 else 0.0,
         "queue_ms": _ms(queue),
         "machine_ms": _ms(sum(stat.machine_seconds for stat in stats)),
         "draft_n": sum(stat.drafted for stat in stats),

@@ -26,6 +26,8 @@ def test_an_answer_streams_and_nothing_is_asked_of_anybody_else(server: Running,
     gate.open.set()
     assert one.answer() == "One two three"
     assert one.page.inner_text(".message.assistant strong") == "two"
+    facts = one.page.inner_text(".message.assistant .actions .fine")
+    assert facts == "17 tokens, 160 a second", "as the server's clock has it: tokens may arrive in one piece"
     assert one.page.inner_text("#status").startswith("Answer: One")
     assert server.llm.messages == [{"role": "user", "content": "Count"}]
     assert all(request.startswith(url) for request in one.requests)

@@ -162,21 +162,20 @@ export class Chat {
 /** Reads a stream to its end: choices go to `take`, routing to the experts; says what to show beside the text. A failure
  * is shown, with the offer to do it `again`. */
 export async function follow(events, app, take, again) {
-  const started = performance.now();
-  let first = 0, usage = null, tokens = 0;
+  let usage = null, timings = null, tokens = 0;
   const facts = () => {
     const count = usage?.completion_tokens ?? tokens;
-    const seconds = (performance.now() - (first || started)) / 1000;
     const cached = usage?.prompt_tokens_details?.cached_tokens;
-    return `${count} token${count === 1 ? "" : "s"}${count > 1 ? `, ${((count - 1) / Math.max(seconds, 1e-3)).toFixed(0)} a second` : ""}${cached ? `, ${cached} of the prompt from the cache` : ""}`;
+    return `${count} token${count === 1 ? "" : "s"}${timings && count > 1 ? `, ${timings.predicted_per_second.toFixed(0)} a second` : ""}${cached ? `, ${cached} of the prompt from the cache` : ""}`;
   };
   app.experts.reset();
   try {
     for await (const event of events) {
       if (event.usage) { usage = event.usage; app.experts.setLength(usage.total_tokens); }
+      timings = event.timings ?? timings;
       if (event.routing) app.experts.add(event.routing);
       for (const choice of event.choices ?? []) {
-        if (choice.text || choice.delta?.content || choice.delta?.reasoning_content) { first ||= performance.now(); tokens += 1; }
+        if (choice.text || choice.delta?.content || choice.delta?.reasoning_content) tokens += 1;
         take(choice);
       }
     }

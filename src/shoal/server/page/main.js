@@ -103,7 +103,6 @@ function show(view) {
     else tab.removeAttribute("aria-current");
     $(tab.dataset.view).hidden = tab.dataset.view !== view;
   }
-  document.body.dataset.view = view;
 }
 
 function showList(wanted) {
