@@ -26,7 +26,7 @@ from shoal.cost.train_flops import train_flops
 from shoal.cost.train_memory import state_bytes
 from shoal.data.shards import INDEX, Shards, open_shards
 from shoal.errors import ConfigError, FileError, RunError
-from shoal.formats.atomic import atomic_file, atomic_folder
+from shoal.formats.atomic import atomic_file, atomic_folder, sole_user
 from shoal.model import Model, as_checkpoint
 from shoal.train import checkpoint, state
 from shoal.train.balance import RouterBalance
@@ -41,7 +41,7 @@ from shoal.train.network import make_model
 from shoal.train.optim import make_optimisers
 from shoal.train.process import Process
 from shoal.train.recipe import Recipe, flatten
-from shoal.train.requests import Requests, sole_user
+from shoal.train.requests import Requests
 from shoal.train.schedule import lr_factor
 from shoal.train.tensors import autocast, micro_batches
 
