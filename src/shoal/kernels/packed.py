@@ -181,11 +181,12 @@ def attend(
     bf16 = queries_QK.dtype == ml_dtypes.bfloat16
     if bf16 and width % 2:
         raise ValueError(f"keys: {width} columns, expected an even number with bfloat16")
-    queries = np.zeros((LANES, width), queries_QK.dtype)
+    lanes = 8 if bf16 and num_queries <= 8 and width % 4 == 0 else LANES  # as query_lanes in ops.h
+    queries = np.zeros((lanes, width), queries_QK.dtype)
     queries[:num_queries] = queries_QK
-    if bf16:  # pairs of columns side by side: [K / 2, 16, 2]
-        pairs = queries.view(np.uint16).reshape(LANES, -1, 2).transpose(1, 0, 2)
-        args = [np.ascontiguousarray(pairs).reshape(-1, 2 * LANES), keys_SK.view(np.uint16), values_SV.view(np.uint16)]
+    if bf16:  # columns side by side: [K / 2, 16, 2] or [K / 4, 8, 4]
+        beside = queries.view(np.uint16).reshape(lanes, -1, 32 // lanes).transpose(1, 0, 2)
+        args = [np.ascontiguousarray(beside).reshape(-1, 32), keys_SK.view(np.uint16), values_SV.view(np.uint16)]
     else:
         args = [np.ascontiguousarray(queries.T), keys_SK, values_SV]
     fold = native.attend_bf16 if bf16 else native.attend_f32
