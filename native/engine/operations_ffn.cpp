@@ -210,7 +210,8 @@ void FeedForward::run(const Worker& worker) {
     const float* low = shrink_hidden(worker, s);
     const long tiles = (cols + kTileRows - 1) / kTileRows;
     float* out = worker.engine.buffer(input.buffer, tokens);
-    while (worker.next(7, tiles, std::min(worker.grain(tiles), kMaxExpertTiles), first, last))
+    const long grain = std::clamp(tiles / (2 * worker.engine.threads()), 1L, kMaxExpertTiles);
+    while (worker.next(7, tiles, grain, first, last))
         down_tiles(worker, s, first, last, out, dense, routed, low);
 }
 
@@ -310,7 +311,8 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
     const long pieces = (expert_gate.tiles() + kHiddenTiles - 1) / kHiddenTiles;
     const long grain = one ? 1 : std::min(pieces, kMaxExpertTiles / kHiddenTiles);
     while (worker.next(4, count_used * pieces, grain, first, last)) {
-        for (long piece = first; piece < last; ++piece) {
+        for (long piece = first, end; piece < last; piece = end) {  // those of one expert together
+            end = std::min(last, piece / pieces * pieces + pieces);
             const long e = s.used[piece / pieces], tile = piece % pieces * kHiddenTiles, count = s.count(e);
             Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
             if (!one && quantised) {
@@ -333,8 +335,9 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
                 expand_slots(worker, s, u, e, low + g.width(), stride, from, to, up_rows, width);
             };
             hidden_chunk(worker, expert_of(expert_gate, e), expert_of(expert_up, e), part, tile,
-                         std::min(tile + kHiddenTiles, expert_gate.tiles()), rows + s.offset[e] * width, width, add);
-            if (!own_out && pieces_done[e].fetch_add(1, std::memory_order_acq_rel) + 1 == pieces)
+                         std::min(tile + (end - piece) * kHiddenTiles, expert_gate.tiles()), rows + s.offset[e] * width,
+                         width, add);
+            if (!own_out && pieces_done[e].fetch_add(end - piece, std::memory_order_acq_rel) + end - piece == pieces)
                 quantise_expert(worker, s, e, out, rows, width);
         }
     }
