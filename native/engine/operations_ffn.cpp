@@ -214,8 +214,7 @@ void FeedForward::run(const Worker& worker) {
     const long tiles = (cols + kTileRows - 1) / kTileRows;
     float* out = worker.engine.buffer(input.buffer, tokens);
     const long grain = std::clamp(tiles / (2 * worker.engine.threads()), 1L, kMaxExpertTiles);
-    while (worker.next(7, tiles, grain, first, last))
-        down_tiles(worker, s, first, last, out, dense, routed, low);
+    while (worker.next(7, tiles, grain, first, last)) down_tiles(worker, s, first, last, out, dense, routed, low);
 }
 
 // Every member sorts the slots for itself, and chooses for itself if the tokens are few: it takes less than to wait.

@@ -18,7 +18,7 @@ from shoal.kernels.reference_packing import PACKINGS, PackedWeights, padded_size
 
 __all__ = [
     "AttendState", "PackedWeights", "QuantRows", "attend", "lora_expand", "lora_shrink", "matmul_f", "matmul_q",
-    "quantize_rows", "widen_rows",
+    "narrow_rows", "quantize_rows", "widen_rows",
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
@@ -122,6 +122,21 @@ def lora_expand(low_TR: F32, b_RO: BF16, onto: F32) -> F32:
         y[...] = reference.lora_expand(low_TR, b_RO, onto)
     else:
         native.lora_expand(np.ascontiguousarray(low_TR), b_RO.view(np.uint16), y)
+    return y
+
+
+def narrow_rows(x_TC: F32, scale: float = 1.0) -> npt.NDArray[ml_dtypes.bfloat16]:
+    """scale · x in bfloat16.
+
+    Raises:
+        TypeError: x is no float32 array. ValueError: x is no matrix.
+    """
+    _matrix("x", x_TC)
+    native = extension.load()
+    if native is None:
+        return reference.narrow_rows(x_TC, scale)
+    y = np.empty(x_TC.shape, ml_dtypes.bfloat16)
+    native.narrow_rows(x_TC if rows_contiguous(x_TC) else np.ascontiguousarray(x_TC), scale, y.view(np.uint16))
     return y
 
 
