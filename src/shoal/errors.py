@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class ShoalError(Exception):
     """Base of every error that is the input's fault rather than ours; the command line ends with `exit_code`."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled by their message alone, with which our constructors could not be called again.
+        return _revived, (type(self), self.args, self.__dict__)
+
+
+def _revived(kind: type[ShoalError], args: tuple[Any, ...], state: dict[str, Any]) -> ShoalError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(ShoalError, ValueError):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 
 import pytest
 from tests.data import texts
 from tests.data.texts import document
 
-from shoal.data.contamination import contaminated, load_evaluations
+from shoal.data.contamination import contaminated, fingerprints, load_evaluations
 from shoal.errors import FileError
 
 PROBLEM = '''def largest_gap(values):
@@ -59,6 +60,21 @@ def test_code_that_holds_an_item_is_found(evaluations):
     assert all(contaminated(document(text, "code"), evaluations) for text in planted)
     part = "\n".join(PROBLEM.splitlines()[:3])  # half of the telling lines
     assert contaminated(document(part, "code"), evaluations) is None
+
+
+def test_an_item_is_spelled_as_documents_are():
+    """Documents are in NFC and without zero-width characters when they are compared, whatever the item was in."""
+    plain = "Où se trouve le café préféré de la célèbre poétesse née à Liège en été, près du musée de la forêt?"
+    item = unicodedata.normalize("NFD", plain).replace("musée", "mu\u200bsée")
+    for spelled in (plain, unicodedata.normalize("NFD", plain), plain.replace("célèbre", "cé\u200blèbre")):
+        assert contaminated(document(plain), fingerprints([[spelled]])) is not None
+    assert contaminated(document(plain), fingerprints([[item]])) is not None
+
+
+def test_a_licence_in_comments_is_no_item():
+    head = "".join(f"# Licensed under the terms that stand in file number {i} of this project\n" for i in range(12))
+    known = fingerprints([[head + "x_of_this_module = 1\ny_of_this_module = 2\n"]])
+    assert contaminated(document(head + "def something_else():\n    return 5\n", "code"), known) is None
 
 
 def test_bad_evaluation_files(tmp_path):

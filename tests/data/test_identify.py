@@ -29,6 +29,12 @@ BSD = "Redistribution and use in source and binary forms, with or without modifi
         (BSD + " ... Neither the name of the copyright holder nor", "BSD-3-Clause"),
         ("GNU GENERAL PUBLIC LICENSE\n   Version 3, 29 June 2007", "GPL-3.0"),
         ("GNU LESSER GENERAL PUBLIC LICENSE Version 2.1, February 1999", "LGPL-2.1"),
+        ("GNU GENERAL PUBLIC LICENSE\nVersion 3 ... 13. Use with the GNU Affero General Public License.", "GPL-3.0"),
+        (
+            "Mozilla Public License Version 2.0 ... the GNU General Public License, Version 2.0, the GNU Lesser "
+            "General Public License, Version 2.1, the GNU Affero General Public License",
+            "MPL-2.0",
+        ),
         ("All rights reserved. You may not copy this.", None),
     ],
 )
@@ -69,6 +75,7 @@ def test_a_file_stands_under_the_nearest_licence(tmp_path):
     assert licence("a.py") == "MIT"
     assert licence("vendor/inner/b.py") == "GPL-3.0"
     assert licence("vendor/c.py", "# SPDX-License-Identifier: BSD-3-Clause\n") == "BSD-3-Clause"
+    assert licence("vendor/c.md", "<!-- SPDX-License-Identifier: CC-BY-4.0 -->\n") == "CC-BY-4.0"
 
 
 def test_installed_packages_say_licence_and_version():
@@ -79,6 +86,9 @@ def test_installed_packages_say_licence_and_version():
     licences.provenance(one, root / "numpy/version.py", root)
     assert one.metadata["version"] == f"numpy {numpy.__version__}"
     assert licences.is_permissive(one.metadata["licence"])
+    one = document("# SPDX-License-Identifier: ISC\n", "code")
+    licences.provenance(one, root / "numpy/version.py", root)
+    assert (one.metadata["licence"], one.metadata["version"]) == ("ISC", f"numpy {numpy.__version__}")
 
 
 @pytest.mark.parametrize(
@@ -101,3 +111,8 @@ def test_normalise():
     assert normalise("e\u0301\u200b\u00a0x\x00\ufeff", "text") == "é x"
     assert normalise("\n a  \n\n\n\n\nb\t\n", "text") == "a\n\n\nb"
     assert normalise("\ta  \n\n\n\n\nb = '\u00a0'", "code") == "\ta  \n\n\n\n\nb = '\u00a0'"
+
+
+def test_blanks_take_linear_time():
+    """A run of blanks that ends no line: begun anew at each blank this takes minutes, and the test its time limit."""
+    assert normalise("a" + " " * 400_000 + "b", "text") == "a" + " " * 400_000 + "b"

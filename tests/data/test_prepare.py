@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,8 +23,9 @@ from shoal.data.recipe import Recipe, load_recipe
 from shoal.data.run import Machine, WorkerError
 from shoal.data.shards import open_shards
 from shoal.data.steps import filtering, standard_steps
-from shoal.data.vocabulary import load_tokenizer
+from shoal.data.vocabulary import load_tokenizer, train_tokenizer
 from shoal.errors import ConfigError, FileError
+from shoal.formats.atomic import sole_user
 
 SECRET = "jane.doe@mail.company.org"
 ALONE = Machine(workers=1)
@@ -145,6 +147,9 @@ def test_later_fields_may_change_others_not(source, result, tmp_path):
     assert banded < open_shards(result / "tokens").num_documents
     prepare(recipe(source), out, ALONE)
     assert content(out / "tokens") == content(result / "tokens")
+    assert content(out)["summary.json"] == content(result)["summary.json"]  # nothing of the band is left in it
+    prepare(recipe(source, band=(0.1, 0.9)), out, ALONE)
+    assert open_shards(out / "tokens").num_documents == banded
     with pytest.raises(FileError, match=r"another recipe \(rules differ\)"):
         prepare(recipe(source, rules=("c4",)), out, ALONE)
     (source / "new.txt").write_text("new")
@@ -191,9 +196,109 @@ def test_rejects_on_demand_and_permissive_licences(source, tmp_path):
     assert all(r.text for r in rejects if r.step == "licence")
 
 
-def test_strict_stops_at_the_first_bad_line(source, tmp_path):
-    with pytest.raises(FileError, match=r"a\.jsonl: line 91: the line is not JSON"):
-        prepare(recipe(source, strict=True), tmp_path / "out", ALONE)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_strict_stops_at_the_first_bad_line(source, tmp_path, workers):
+    with pytest.raises(FileError, match=r"a\.jsonl: line 91: the line is not JSON") as found:
+        prepare(recipe(source, strict=True), tmp_path / "out", Machine(workers=workers))
+    assert (found.value.path.name, found.value.item) == ("a.jsonl", "line 91")
+
+
+def test_a_stage_cut_off_under_other_settings_is_done_again(source, result, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    prepare(recipe(source), out, ALONE)
+    writing = store.write_verdict
+
+    def half(folder, name, shard, *rest):
+        if shard == store.shard_numbers(folder)[-1]:
+            raise KeyboardInterrupt
+        writing(folder, name, shard, *rest)
+
+    monkeypatch.setattr(store, "write_verdict", half)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe(source, near_duplicates=0), out, ALONE)
+    monkeypatch.undo()
+    prepare(recipe(source), out, ALONE)
+    assert content(out) == content(result)
+
+
+@pytest.mark.parametrize(
+    "lost", ["documents/00001.jsonl.zst", "attributes/duplicates", "tokens", "signatures/00000.npy"]
+)
+def test_what_was_removed_is_made_again(source, result, tmp_path, lost):
+    out = tmp_path / "out"
+    shutil.copytree(result, out)
+    shutil.rmtree(out / lost) if (out / lost).is_dir() else (out / lost).unlink()
+    if "." in lost:
+        with pytest.raises(FileError, match=rf"{lost}: is missing"):
+            pack_folder(out, ALONE)
+    prepare(recipe(source), out, ALONE)
+    assert content(out) == content(result)
+
+
+def test_a_folder_left_by_a_killed_writer_is_removed(source, result, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(result, out)
+    shutil.rmtree(out / "tokens")
+    (out / ".tokenizer.0123abcd.partial").mkdir()
+    (out / ".tokenizer.0123abcd.partial/tokenizer.json").write_text("{")
+    prepare(recipe(source), out, ALONE)
+    assert content(out) == content(result)
+
+
+def test_one_run_a_folder(source, result, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(result, out)
+    with sole_user(out):
+        for attempt in (lambda: prepare(recipe(source), out, ALONE), lambda: pack_folder(out, ALONE)):
+            with pytest.raises(FileError, match="another run is at work here"):
+                attempt()
+    prepare(recipe(source), out, ALONE)
+
+
+def test_a_refused_run_leaves_nothing(source, tmp_path):
+    out = tmp_path / "out"
+    for wrong in (
+        Recipe(sources=(Source(path=tmp_path / "none"),)),
+        recipe(source, evaluations=(tmp_path / "none.jsonl",)),
+    ):
+        with pytest.raises(FileError, match="no such file"):
+            prepare(wrong, out, ALONE)
+    with pytest.raises(ConfigError, match=r"out: .* lies inside"):
+        prepare(recipe(source), source / "out", ALONE)
+    assert not out.exists()
+    assert not (source / "out").exists()
+
+
+def test_evaluation_sets_may_not_change_between_runs(source, tmp_path):
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps({"question": texts.english()[30]}))
+    given = recipe(source, vocab_size=None, evaluations=(items,))
+    prepare(given, tmp_path / "out", ALONE)
+    items.write_text(json.dumps({"question": texts.english()[31]}))
+    with pytest.raises(FileError, match="the content of evaluation sets differ"):
+        prepare(given, tmp_path / "out", ALONE)
+
+
+def test_another_tokenizer_in_the_same_place_is_seen(source, result, tmp_path):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    shutil.copytree(result, out)
+    shutil.copytree(result / "tokenizer", mine)
+    pack_folder(out, ALONE, tokenizer=str(mine))
+    shutil.rmtree(mine)
+    train_tokenizer(texts.english(), mine, vocab_size=300)
+    pack_folder(out, ALONE, tokenizer=str(mine))
+    assert open_shards(out / "tokens").vocab_size == 300
+
+
+def test_a_result_is_a_source(source, result, tmp_path):
+    """Its documents are read again, not its rejects or attributes, and say where they came from first."""
+    again = Recipe(sources=(Source(path=result, name="again"),), rules=("none",), near_duplicates=0)
+    found = prepare(again, tmp_path / "out", ALONE)
+    before = list(store.read_folder(result))
+    assert (found.read, found.unreadable) == (len(before), 0)
+    after = list(store.read_folder(tmp_path / "out"))
+    assert {d.metadata["source"] for d in after} == {"all"}
+    assert {d.id for d in after} == {d.id for d in before}
 
 
 def test_memory_is_checked_and_holds(tmp_path):
@@ -270,15 +375,20 @@ def test_recipe_files(tmp_path):
         ('sources = ["a"]\nband = [0.9, 0.1]', "band: must be two rising numbers"),
         ('sources = ["a"]\nseed = ', "is not valid TOML"),
         ('sources = ["a"]\nnear_duplicates = "x"', "wrong type"),
+        ("sources = 5", "wrong type"),
+        ('sources = "a"\nlanguages = 5', "wrong type"),
+        ('sources = "a"\nstrict = "false"', "strict: must be a bool, got 'false'"),
+        ('sources = "a"\nseed = -1', "seed: must be at least 0"),
     ):
         path.write_text(text)
         with pytest.raises((FileError, ConfigError), match=message):
             load_recipe(path)
 
 
-def test_the_folder_remembers_its_recipe(source, result):
+def test_the_folder_remembers_its_recipe(source, result, tmp_path):
     assert read_recipe(result) == recipe(source)
     with pytest.raises(FileError, match=r"holds no recipe\.json"):
         read_recipe(source)
+    (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(FileError, match="not empty"):
-        prepare(recipe(source), source, ALONE)
+        prepare(recipe(source), tmp_path, ALONE)

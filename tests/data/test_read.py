@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import gzip
 import json
 import os
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shoal.data import store
 from shoal.data.plan import Part, Source, find_parts, plan_shards
 from shoal.data.read import ReadOptions, read_documents, read_part
 from shoal.data.streams import line_starts, read_lines
@@ -212,3 +216,110 @@ def test_missing_file(tmp_path):
     rejects = []
     assert list(read_part(part, ReadOptions(), rejects.append)) == []
     assert "cannot be read" in rejects[0].reason
+
+
+def test_parquet_holds_what_json_does_not(tmp_path):
+    """Nested columns, and values that JSON has no word for, travel as text; a row that is no text is named."""
+    day = datetime.timedelta(days=1)
+    table = pa.table(
+        {
+            "text": ["a", None, "c"], "price": [decimal.Decimal("1.50")] * 3, "image": [b"\xff\x00"] * 3,
+            "span": [day] * 3,
+            "nested": [{"list": [1, None], "map": None}] * 3,
+        }
+    )  # fmt: skip
+    pq.write_table(table, tmp_path / "a.parquet")
+    documents, bad = read(tmp_path / "a.parquet")
+    assert bad == [(2, "field 'text' is not a string")]
+    with store.document_writer(tmp_path, 0) as write:
+        for document in documents:
+            write(document)
+    row = next(store.read_folder(tmp_path)).metadata["row"]
+    assert row == {
+        "price": "1.50", "image": "/wA=", "span": "1 day, 0:00:00", "nested": {"list": [1, None], "map": None}
+    }  # fmt: skip
+
+
+def test_parquet_text_that_is_no_utf8_costs_one_row(tmp_path):
+    raw = pa.array([b"a", b"caf\xe9", b"c"], pa.binary())
+    pq.write_table(pa.table({"text": raw.view(pa.string())}), tmp_path / "a.parquet")
+    documents, [(line, reason)] = read(tmp_path / "a.parquet")
+    assert [(d.text, d.metadata["line"]) for d in documents] == [("a", 1), ("c", 3)]
+    assert (line, reason) == (2, "the row holds a value that is no text, number or time")
+
+
+def test_parquet_damaged_in_the_middle_names_the_row(tmp_path):
+    rng = random.Random(0)
+    rows = [{"text": "".join(rng.choices("abcdefgh", k=500))} for _ in range(300)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    middle = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    content[middle : middle + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    documents, [(line, reason)] = read(path)
+    assert [d.metadata["line"] for d in documents] == [*range(1, 101), *range(201, 301)]
+    assert line == 101
+    assert reason.startswith("damaged Parquet")
+    assert reason.endswith("; the rows up to 200 are lost")
+
+
+def test_names_in_capitals_are_divided_alike(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "A.PARQUET", row_group_size=3)
+    shards, _ = plan_shards([Source(path=tmp_path / "A.PARQUET")], shard_bytes=200)
+    found = [d for shard in shards for part in shard for d in read_part(part, ReadOptions(), lambda _: None)]
+    assert [d.id for d in found] == [f"A.PARQUET:{i}" for i in range(1, 21)]
+
+
+@pytest.mark.parametrize("coding", [b"rot13", b"hex", b"undefined", b"unicode_escape"])
+def test_codings_that_are_none(file, coding):
+    documents, [(_, reason)] = read(file("a.py", b"# coding: " + coding + b"\n\xe9 = '\\ud800'\n"))
+    assert documents == []
+    assert reason == "the file is not UTF-8 and declares no other encoding"
+
+
+def test_deep_nesting_is_named_and_passed_over(file):
+    deep = b"[" * 400 + b"]" * 400
+    documents, bad = read(file("a.jsonl", b'{"text": "a", "x": ' + deep + b'}\n{"text": "b"}\n'))
+    assert [d.text for d in documents] == ["b"]
+    assert bad == [(1, "a column is nested too deeply")]
+
+
+def test_provenance_is_words(file):
+    row = {"text": "t", "metadata": {"kind": 5, "licence": ["MIT"], "version": None, "source": "web", "more": [1]}}
+    [document] = read_documents(file("a.jsonl", json.dumps(row).encode()))
+    assert document.metadata["kind"] == "text"
+    assert document.metadata["source"] == "web"
+    assert document.metadata["more"] == [1]
+    assert "licence" not in document.metadata
+    assert document.metadata["row"] == {"metadata": {"kind": 5, "licence": ["MIT"]}}
+
+
+def test_a_text_is_measured_in_bytes(tmp_path):
+    pq.write_table(pa.table({"text": ["ü" * 60, "u" * 60]}), tmp_path / "a.parquet")
+    documents, bad = read(tmp_path / "a.parquet", max_document=100)
+    assert [d.text for d in documents] == ["u" * 60]
+    assert bad == [(1, "the text is longer than 100 bytes")]
+
+
+def test_the_name_of_a_file_tells_its_kind(tmp_path):
+    for name in ("a.py", "b.md", "c.txt"):
+        (tmp_path / name).write_text("x = 1")
+    [shard], _ = plan_shards([Source(path=tmp_path, kind="code")])
+    found = [d for part in shard for d in read_part(part, ReadOptions(), lambda _: None)]
+    assert [d.metadata["kind"] for d in found] == ["code", "text", "text"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    listed = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(FileError, match=r"shut: cannot be read: Permission denied"):
+        plan_shards([Source(path=tmp_path)])

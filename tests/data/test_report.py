@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from tests.data import texts
 
-from shoal.data import charts
+from shoal.data import charts, page
 from shoal.data.charts import Point
 from shoal.data.plan import Source
 from shoal.data.prepare import prepare
@@ -56,13 +56,13 @@ def test_the_page_of_a_run(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = Recipe(sources=(Source(path=tmp_path / "in.jsonl", name=NASTY),), vocab_size=400, band=(0.1, 0.9))
     result = prepare(recipe, tmp_path / "out", Machine(workers=1))
-    page = (tmp_path / "out/report.html").read_text()
-    found = check(page)
+    shown = (tmp_path / "out/report.html").read_text()
+    found = check(shown)
     assert "script" not in found.tags
     assert found.addresses == []
-    assert "url(" not in page and "@import" not in page
+    assert "url(" not in shown and "@import" not in shown
     assert found.tags.count("svg") >= 6
-    text = re.sub("<[^>]+>", " ", page)
+    text = re.sub("<[^>]+>", " ", shown)
     summary = json.loads((tmp_path / "out/summary.json").read_bytes())
     for step in (summary["clean"], summary["pack"]):
         for reasons in step["dropped"].values():
@@ -70,10 +70,17 @@ def test_the_page_of_a_run(tmp_path):
                 assert re.search(rf"{re.escape(reason)}\s+{documents:,}\s+{documents / 62:.2%}", text), reason
     assert f"{result.kept}" in text
     assert "The two tails" in text
-    before = page
-    assert write_report(tmp_path / "out").read_text() == before
+    assert write_report(tmp_path / "out").read_text() == shown
     with pytest.raises(FileError, match=r"holds no summary\.json"):
         write_report(tmp_path)
+
+
+def test_cells_are_text_whatever_they_hold():
+    """Ids of rows and names of sources stand in tables, and both may come from a stranger's file."""
+    found = check(
+        page.table((NASTY, "<img src=x onerror=alert(1)>"), [["<script>alert(1)</script>", page.Markup("<b>x</b>")]])
+    )
+    assert found.tags == ["table", "thead", "tr", "th", "th", "tbody", "tr", "td", "td", "b"]
 
 
 def test_lines_pass_through_their_points():

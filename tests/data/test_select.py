@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -368,6 +369,16 @@ def test_a_damaged_map_is_named(home, ground, tmp_path):
             run.open_ground(home / "folder", [home / "target.jsonl"])
     finally:
         path.write_bytes(content)
+    shutil.rmtree(home / "folder" / "selection")  # as the message says
+    run.open_ground(home / "folder", [home / "target.jsonl"])
+    assert path.read_bytes() == content
+
+
+def test_a_pool_of_fewer_clusters_than_models(ground, monkeypatch):
+    """Without a document to read a proxy would look for one for ever."""
+    monkeypatch.setattr(preselect, "clusters", lambda vectors, alive, count, seed: np.zeros(len(vectors), np.int64))
+    monkeypatch.setattr(_Learner, "read", lambda self, documents, tokens: documents[0])
+    assert run.choose(ground, "preselect", SHARE, seed=5, proxies=Imagined(ground)).picked_N.any()
 
 
 def test_reasons_of_the_method_are_told(ground):

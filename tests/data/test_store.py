@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from shoal.data import store
@@ -43,6 +46,21 @@ def test_missing_and_damaged_attributes(folder):
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(FileError, match=r"quality/00001\.parquet: is damaged"):
         store.read_attributes(folder, "quality", 1)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    code = (
+        "import resource, signal; from pathlib import Path; from shoal.data import store\n"
+        "import os; from shoal.data.document import Document\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        "try:\n"
+        f"    with store.document_writer(Path({str(tmp_path)!r}), 0) as write:\n"
+        "        for i in range(99): write(Document(id='a', text=os.urandom(1 << 14).hex()))\n"
+        "except store.FileError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert f"{tmp_path}/documents/00000.jsonl.zst: cannot be written: " in done.stdout, done.stderr
+    assert list((tmp_path / "documents").iterdir()) == []
 
 
 def test_a_failed_writer_leaves_nothing(tmp_path):

@@ -109,6 +109,19 @@ def test_generations_are_those_of_the_transformers_backend(folder: Path, llm: LL
         EngineLM(llm).generate_until([Instance("generate_until", {}, ("One", {"frobnicate": 1}), 0)])
 
 
+def test_a_text_that_begins_with_the_begin_token_gets_no_second_one(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in lm-eval's own backend: a chat format has written it already."""
+    from shoal.evaluate.harness import EngineLM
+
+    model, bos = EngineLM(llm), llm.tokenizer.token_string(1)
+    monkeypatch.setattr(llm.tokenizer, "bos_token_id", 1)
+    monkeypatch.setattr(llm.tokenizer, "add_bos", True)
+    plain = model.tok_encode("user")
+    assert plain[0] == 1 and 1 not in plain[1:]
+    assert model.tok_encode(f"{bos}user") == plain
+    assert model.tok_encode(f"{bos}user", add_special_tokens=True) == [1, *plain]
+
+
 class Parrot:
     """A model in lm-eval's eyes that answers from a list."""
 

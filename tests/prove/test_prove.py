@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -18,7 +19,7 @@ from shoal.data.run import Machine
 from shoal.data.select import run
 from shoal.errors import ConfigError
 from shoal.prove import run as proof
-from shoal.prove.cells import Plan, Results, make_cells
+from shoal.prove.cells import EPOCHS, Plan, Results, make_cells, run_cell
 from shoal.prove.completion import bleu, complete, exact_match, make_cases
 from shoal.prove.page import render
 from shoal.prove.proxy import Makers, Size, Student, blocks
@@ -236,3 +237,17 @@ def test_impossible_plans(ground):
         Plan(seeds=0)
     with pytest.raises(ConfigError, match="epochs"):
         Plan(epochs=0)
+    for methods in (("random", "dsri"), ("whole",), ("dsir", "dsir")):
+        with pytest.raises(ConfigError, match=rf"methods: must be of random, .*, each once, got '{methods[-1]}'"):
+            Plan(methods=methods)
+
+
+def test_equal_epochs_are_of_what_was_found(ground):
+    """A method that finds less than its share goes over that as often as the others over theirs."""
+    plan = dataclasses.replace(PLAN, epochs=1.0)
+    cell = next(one for one in make_cells(plan, ground.pool.tokens) if (one.arm, one.regime) == ("random", EPOCHS))
+    picked_N = np.zeros(len(ground.pool), bool)
+    picked_N[np.flatnonzero(ground.pool.alive_N)[:2]] = True
+    found = run_cell(ground, plan, cell, picked_N, None)
+    assert found["text_tokens"] < cell.tokens / 2
+    assert 0.5 < found["passes"] <= 1

@@ -56,6 +56,11 @@ def test_an_impossible_recipe_names_field_and_value(recipe, changes, problem):
         (lambda: settings.RouterSettings(bias_speed=-1), r"router\.bias_speed"),
         (lambda: settings.ParallelSettings(expert=0), r"parallel\.expert: must be a whole number from 1"),
         (lambda: settings.ParallelSettings(timeout=0.1), r"parallel\.timeout: must be a number from 1"),
+        (lambda: settings.OptimiserSettings(lr=-1.0), r"optimiser\.lr: must lie between 0"),
+        (lambda: settings.OptimiserSettings(beta2=1.0), r"optimiser\.beta2: must lie between 0"),
+        (lambda: settings.OptimiserSettings(optimiser="sgd"), r"optimiser\.optimiser: 'sgd' is not one of"),
+        (lambda: settings.LossSettings(z_weight=-1.0), r"losses\.z_weight: must lie between 0"),
+        (lambda: settings.LossSettings(mtp_from=2.0), r"losses\.mtp_from: must lie between 0"),
     ],
 )
 def test_an_impossible_part_names_its_dotted_key(make, problem):

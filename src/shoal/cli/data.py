@@ -60,7 +60,7 @@ def prepare(
     strict: Annotated[bool | None, typer.Option("--strict", help="Stop at the first unreadable row.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Column of rows that holds the text.")] = None,
     max_document: Annotated[str | None, typer.Option(metavar="SIZE", help="Pass over longer documents.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of samples and hashes.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of samples and hashes.")] = None,
     workers: Workers = None,
     memory: Memory = None,
     engine: Engine = "processes",
@@ -106,11 +106,14 @@ def dedupe(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Find exact and near duplicates, and nothing else: no rules, no masking, nothing packed.
+    """Find exact and near duplicates, and nothing else: no languages, no rules, no masking, nothing packed.
 
     `attributes/duplicates` says for each document which one it repeats.
     """
-    flags = {"rules": ("none",), "mask_pii": False, "near_duplicates": near, "text_field": text_field}
+    flags = {
+        "rules": ("none",), "mask_pii": False, "identify_language": False, "near_duplicates": near,
+        "text_field": text_field,
+    }  # fmt: skip
     _finish(_prepare(_recipe(sources, None, flags), out, workers, memory, engine, address), as_json)
 
 
@@ -155,7 +158,7 @@ def tokenizer(
     folder: Annotated[Path, typer.Argument(help="What `shoal data prepare` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tokenizer; it must be free.")],
     vocab_size: Annotated[int, typer.Option(min=258, help="Tokens in all.")] = 32000,
-    seed: Annotated[int, typer.Option(help="Of the sample that is learned from.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample that is learned from.")] = 0,
 ) -> None:
     """Train a byte-level BPE tokenizer on what a prepared folder keeps."""
     from shoal.data.prepare import train_on_folder

@@ -39,7 +39,7 @@ def select(
         str, typer.Option(help="adversarial, random, heuristics, dsir, perplexity, classifier or preselect.")
     ] = "adversarial",
     rounds: Rounds = 3,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
     proxy_tokens: ProxyTokens = None,
     drop_overlap: DropOverlap = False,
     text_field: TextField = "text",

@@ -54,20 +54,23 @@ def run(
       shoal distil -t ./big -s ./small --data q.jsonl --out runs/q --mode sequences --verify recipes/sql/task.py:right
     """
     with needs_torch("distillation"):
-        from shoal.train.overrides import override
         from shoal.tune.distil import DistilRecipe, DistilSettings, open_teacher
         from shoal.tune.recipe import TuneSettings
         from shoal.tune.sft import default_recipe
     from shoal import hub, settings
     from shoal.cli.train import show_outcome, show_recipe, use_threads
-    from shoal.cli.tune import LOSSES
+    from shoal.cli.tune import LOSSES, changed
     from shoal.formats.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(hub.resolve(student))
     tuning = TuneSettings(model=student, data=str(data), method="adapters" if adapters else "full")
-    plain = default_recipe(checkpoint, tuning)
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    recipe = override(DistilRecipe(**fields, distil=DistilSettings(teacher=teacher, mode=mode)), changes or [])
+
+    def make(tuning: TuneSettings) -> DistilRecipe:
+        plain = default_recipe(checkpoint, tuning)
+        fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
+        return DistilRecipe(**fields, distil=DistilSettings(teacher=teacher, mode=mode))
+
+    recipe = changed(make, tuning, changes or [])
     checker = _verifier(verify) if verify is not None else None
     if dry_run:
         show_recipe(recipe, as_json)

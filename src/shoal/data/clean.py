@@ -64,6 +64,14 @@ def clean_shard(job: Cleaning, shard: int) -> dict[str, Any]:
     return ledger.data
 
 
+def files(folder: Path, shard: int) -> list[Path]:
+    """What `clean_shard` always leaves."""
+    return [
+        store.document_path(folder, shard), store.attribute_path(folder, ATTRIBUTES, shard),
+        signature_path(folder, shard),
+    ]  # fmt: skip
+
+
 def signature_path(folder: Path, shard: int) -> Path:
     return folder / "signatures" / f"{shard:05d}.npy"
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.data.document import Document
+from shoal.data.normalise import normalise
 from shoal.data.plan import find_parts
 from shoal.data.read import ReadOptions, has_rows, read_part, read_rows
 from shoal.data.views import hash_words, lines, ngram_hashes, token_hashes, tokens
@@ -27,6 +28,7 @@ RUN, MIN_RUN = 13, 8  # words
 MIN_LINE = 12  # characters of a line that tells something
 MIN_LINES = 3  # telling lines of an item that is looked for in code
 MOST_LINES = 0.6  # of them, in one document
+COMMENTS = ("#", "//", "/*", "*", "--")
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ def fingerprints(evaluation: Iterable[list[str]]) -> Evaluations:
     for strings in evaluation:
         items += 1
         for text in strings:
-            hashes = hash_words(tokens(Document(id="", text=text)))
+            hashes = hash_words(tokens(Document(id="", text=normalise(text, "text"))))  # as documents are
             if len(hashes) >= MIN_RUN:
                 n = min(RUN, len(hashes))
                 runs.setdefault(n, []).append(ngram_hashes(hashes, n))
-        found = {line for text in strings for line in _telling_lines(text)}
+        found = {line for text in strings for line in _telling_lines(normalise(text, "code"))}
         if len(found) >= MIN_LINES:
             for line in found:
                 by_line.setdefault(line, []).append(len(telling))
@@ -98,9 +100,10 @@ def contaminated(document: Document, evaluations: Evaluations) -> str | None:
 
 
 def _telling_lines(text: str) -> Iterator[str]:
-    """Lines with something of their own: not imports, closing brackets or a bare `return result`."""
+    """Lines with something of their own: not imports, closing brackets or a bare `return result`, and no comments, as
+    the heads of whole projects' files are one licence."""
     for line in map(str.strip, text.split("\n")):
-        if len(line) >= MIN_LINE and not line.startswith(("import ", "from ", "#include")):
+        if len(line) >= MIN_LINE and not line.startswith(("import ", "from ", *COMMENTS)):
             yield line
 
 

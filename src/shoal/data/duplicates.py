@@ -3,7 +3,7 @@
 Documents whose band of values is equal are candidates; a candidate counts if the share of all its values that agree
 reaches the threshold. Copies of copies form one group, whose first document is kept: the one of the earliest source.
 
-Memory: 8 bytes a document, and one slice of one band at a time, as many as the budget asks for.
+Memory: 24 bytes a document, and one slice of one band at a time, as many as the budget asks for.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ PERMISSIVE = frozenset(
      "PSF-2.0", "Python-2.0", "Unlicense", "UPL-1.0", "W3C", "WTFPL", "X11", "ZPL-2.1", "Zlib", "public-domain"}
 )  # fmt: skip
 
-# Words that stand in one licence only, in the order they must be asked for (longer licences quote shorter ones).
+# Words by which a licence is known. The first in a text counts, as licences name others further down; where two begin
+# at one place, the first here.
 _TEXTS = (
     ("AGPL-3.0", r"gnu affero general public license"),
     ("LGPL-2.1", r"gnu lesser general public license.{0,80}version 2\.1"),
@@ -61,13 +62,14 @@ HEADER = 2000  # characters of a source file in which a header stands
 def from_text(text: str) -> str | None:
     """SPDX identifier of a licence's full text or its usual notice, or None."""
     plain = re.sub(r"[\s*#/;]+", " ", text[:LIMIT]).lower()
-    return next((name for name, pattern in _PATTERNS if pattern.search(plain)), None)
+    found = [(match.start(), at) for at, (_, pattern) in enumerate(_PATTERNS) if (match := pattern.search(plain))]
+    return _PATTERNS[min(found)[1]][0] if found else None
 
 
 def from_header(text: str) -> str | None:
     """What a source file says of itself in an `SPDX-License-Identifier:` line."""
     found = _HEADER.search(text[:HEADER])
-    return found[1].strip() if found else None
+    return found[1].strip(" -") if found else None  # `-`: of `-->`
 
 
 def is_permissive(expression: str | None) -> bool:
@@ -106,13 +108,13 @@ def _one(words: list[str]) -> tuple[bool, list[str]]:
 
 
 def provenance(document: Document, path: Path, root: Path) -> None:
-    """Give a document of a source tree its `licence` (and `version`, from package metadata) unless it has one."""
+    """Give a document of a source tree its `licence` and `version` (from package metadata) unless it has them; what the
+    document says of its licence itself goes before everything else."""
     meta = document.metadata
     header = from_header(document.text)
     if header:
         meta["licence"] = header
-        return
-    if "licence" in meta:
+    if "licence" in meta and "version" in meta:
         return
     inside = path.relative_to(root).parts if path.is_relative_to(root) else ()
     # The root may be a folder of packages, or one package among others.
@@ -120,8 +122,7 @@ def provenance(document: Document, path: Path, root: Path) -> None:
     package = package or _packages(root.parent, f"{root.name}-*.dist-info").get(root.name)
     if package:
         meta.update({key: value for key, value in package.items() if key not in meta})
-    found = meta.get("licence") or _of_folder(path.parent, root)
-    if found:
+    if "licence" not in meta and (found := _of_folder(path.parent, root)):
         meta["licence"] = found
 
 

@@ -12,7 +12,7 @@ import unicodedata
 # Zero-width and control characters that neither text nor code needs; tab, newline and form feed stay.
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x9f\u200b\u2060\ufeff\ufffe\uffff]")
 _BLANKS = re.compile("[\u00a0\u2000-\u200a\u202f\u205f\u3000]")
-_TRAILING = re.compile(r"[ \t]+\n")
+_TRAILING = re.compile(r"(?<![ \t])[ \t]+\n")  # from the first blank only, else long runs take quadratic time
 _EMPTY = re.compile(r"\n{4,}")
 
 

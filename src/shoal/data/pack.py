@@ -15,7 +15,7 @@ import numpy as np
 from shoal.data import store, vocabulary
 from shoal.data.document import Document, rejected
 from shoal.data.ledger import Ledger
-from shoal.data.shards import ShardWriter, open_shards
+from shoal.data.shards import INDEX, ShardWriter, open_shards
 from shoal.formats.atomic import atomic_folder
 from shoal.formats.tokenizer import Tokenizer
 
@@ -76,6 +76,12 @@ def join_parts(job: Packing, shards: list[int], provenance: dict[str, Any]) -> i
                 writer.add(part.read(at, end)[0])
                 total, at = total + end - at, end
     return total
+
+
+def files(folder: Path, shard: int) -> list[Path]:
+    """What `pack_shard` leaves, until everything is joined."""
+    joined = folder / "tokens" / INDEX
+    return [joined if joined.exists() else _part(folder, shard) / INDEX]
 
 
 def remove_parts(folder: Path) -> None:

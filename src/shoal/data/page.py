@@ -98,12 +98,16 @@ def page(title: str, subtitle: str, facts: Mapping[str, str], sections: Iterable
     )
 
 
+class Markup(str):
+    """HTML of our own, for a cell of a table; every other string is text, whatever stands in it."""
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
-    """A table; cells are text, or HTML if they begin with `<`. `numeric`: columns set to the right."""
+    """A table. `numeric`: columns set to the right."""
     right = set(numeric)
 
     def cell(tag: str, at: int, content: str) -> str:
-        inner = content if content.startswith("<") else html.escape(content)
+        inner = content if isinstance(content, Markup) else html.escape(content)
         return f"<{tag}{' class=n' if at in right else ''}>{inner}</{tag}>"
 
     head = "".join(cell("th", at, name) for at, name in enumerate(columns))

@@ -12,15 +12,20 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-_EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])")
-_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){1,6}(?![\w:])")
+# Not before a bracket or a further name: `a@b.weight.T` and `a@b.inv()` are products of matrices.
+_EMAIL = re.compile(r"(?<![\w.+-])\w[\w.+-]{0,63}@(?:[^\W_](?:[\w-]{0,62})\.){1,8}[^\W\d_]{2,24}(?![\w(\[-]|\.\w)")
+# Four numbers with points between are a version after a name, a comparison or the word.
+_IPV4 = re.compile(
+    r"(?<![\w.])(?<![A-Za-z]-)(?<![=<>~!]=)(?<![Vv]ersion )(?<![Ss]ection )(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)"
+)
+# Only 2000::/3 is given to anybody; `abc::def` is a name in C++ or Rust.
+_IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
 _PRIVATE_KEY = re.compile(r"-----BEGIN ([A-Z0-9 ]{0,40}PRIVATE KEY)-----.{1,20000}?-----END \1-----", re.S)
 _KEY = re.compile(
     r"(?<![\w-])(?:"
     r"(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|glpat-[\w-]{20,}|"
-    r"xox[abprs]-[\w-]{10,}|sk-[A-Za-z0-9_-]{20,}|[sr]k_live_[A-Za-z0-9]{20,}|AIza[\w-]{35}|hf_[A-Za-z0-9]{30,}|"
-    r"pypi-[\w-]{50,}|npm_[A-Za-z0-9]{36}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+    r"xox[abprs]-[\w-]{10,}|sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}|[sr]k_live_[A-Za-z0-9]{20,}|AIza[\w-]{35}|"
+    r"hf_[A-Za-z0-9]{30,}|pypi-[\w-]{50,}|npm_[A-Za-z0-9]{36}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
     r")(?![\w-])"
 )
 _KEY_STARTS = (
@@ -32,9 +37,13 @@ _ASSIGNED = re.compile(
     r"(\"?'?\s*[:=]\s*[\"'])([A-Za-z0-9+/=_\-.]{16,200})([\"'])"
 )
 _ASSIGNED_HINTS = ("key", "token", "secret", "passw")
-_CARD = re.compile(r"(?<![\w.-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)")
+_CARD = re.compile(
+    r"(?<![\w.-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1\d{1,3})?|\d{4}([ -])\d{6}\2\d{4,5})"
+    r"(?![\w-]|\.\d)"
+)
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?!\w)")
 _PHONE = re.compile(r"(?<![\w+.])\+[1-9]\d{0,2}(?:[ .-]?\(?\d{1,4}\)?){2,5}(?!\w)")
+_DECIMAL = re.compile(r"\+\d+\.\d+")
 CARD_LENGTHS = {3: (14, 15, 16), 4: (13, 16, 19), 5: (16,), 6: (16, 17, 18, 19)}  # by first digit
 MIN_RANDOM = 3.3  # bits a character from which an assigned string looks like a secret rather than a word
 
@@ -61,12 +70,12 @@ def mask(text: str) -> tuple[str, Counter[str]]:
     if "@" in text:
         text = _in_lines(text, lambda line: "@" in line, _EMAIL, put("EMAIL", lambda found: not _is_example(found)))
     text = _IPV4.sub(put("IP", _is_public), text)
-    if text.count(":") > 2:
-        text = _in_lines(text, lambda line: line.count(":") > 2, _IPV6, put("IP", _is_public))
+    if text.count(":") > 1:
+        text = _in_lines(text, lambda line: line.count(":") > 1, _IPV6, put("IP", _is_public))
     text = _CARD.sub(put("CARD", _is_card), text)
-    text = _IBAN.sub(put("IBAN", _is_iban), text)
+    text = _IBAN.sub(lambda match: _mask_iban(match, counts), text)
     if "+" in text:
-        text = _PHONE.sub(put("PHONE", lambda found: 8 <= sum(map(str.isdigit, found)) <= 15), text)
+        text = _PHONE.sub(put("PHONE", _is_phone), text)
     return text, counts
 
 
@@ -92,9 +101,13 @@ def _bits_a_character(value: str) -> float:
 
 
 def _is_example(address: str) -> bool:
-    """Addresses of the domains that RFC 2606 sets aside belong to nobody."""
-    domain = address.rsplit("@", 1)[1].lower()
-    return domain.endswith(("example.com", "example.org", "example.net", ".example", ".test", ".invalid", "localhost"))
+    """Addresses of the domains that RFC 2606 sets aside belong to nobody, nor do `git@` and a product with `self.x`."""
+    name, domain = address.lower().rsplit("@", 1)
+    return (
+        name == "git"
+        or domain.startswith("self.")
+        or domain.endswith(("example.com", "example.org", "example.net", ".example", ".test", ".invalid", "localhost"))
+    )
 
 
 def _is_public(found: str) -> bool:
@@ -112,6 +125,20 @@ def _is_card(found: str) -> bool:
         digit if i % 2 == 0 else (2 * digit - 9 if digit > 4 else 2 * digit) for i, digit in enumerate(digits[::-1])
     ]
     return sum(doubled) % 10 == 0  # Luhn, ISO/IEC 7812
+
+
+def _is_phone(found: str) -> bool:
+    return 8 <= sum(map(str.isdigit, found)) <= 15 and not _DECIMAL.fullmatch(found)
+
+
+def _mask_iban(match: re.Match[str], counts: Counter[str]) -> str:
+    """Words in capitals may follow, which the pattern takes for groups: the longest beginning that fits is masked."""
+    found = match[0]
+    for end in [len(found), *(blank.start() for blank in reversed(list(re.finditer(" ", found))))]:
+        if _is_iban(found[:end]):
+            counts["IBAN"] += 1
+            return f"<IBAN>{found[end:]}"
+    return found
 
 
 def _is_iban(found: str) -> bool:

@@ -13,7 +13,7 @@ from shoal.data.streams import arrow, compression, line_starts
 from shoal.errors import FileError
 
 SHARD_BYTES = 64 << 20
-PASSED_OVER = {"__pycache__", "node_modules", "venv", "site-packages.dist-info"}
+PASSED_OVER = {"__pycache__", "node_modules", "venv"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +59,25 @@ class Source:
 
 def find_files(source: Source) -> Iterator[Path]:
     """Every file below a source, by name; hidden folders and caches are left out. Links to folders are not followed.
+    Of a folder that Shoal wrote, the documents alone.
 
     Raises:
-        FileError: there is no such file or folder.
+        FileError: there is no such file or folder, or a folder in it cannot be read.
     """
     if source.path.is_file():
         yield source.path
         return
     if not source.path.is_dir():
         raise FileError(source.path, "there is no such file or folder")
-    for folder, folders, files in os.walk(source.path):
+    written = (source.path / "recipe.json").is_file() and (source.path / "documents").is_dir()
+    for folder, folders, files in os.walk(source.path / "documents" if written else source.path, onerror=_refuse):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in PASSED_OVER)
         paths = (Path(folder, name) for name in sorted(files) if not name.startswith("."))
         yield from (path for path in paths if path.is_file())  # no pipes, no broken links
+
+
+def _refuse(error: OSError) -> None:
+    raise FileError(error.filename, f"cannot be read: {error.strerror}") from error
 
 
 def find_parts(path: Path) -> list[Part]:
@@ -113,7 +119,7 @@ def _parts(path: Path, source: Source, shard_bytes: int) -> list[tuple[Part, int
     name = f"{meta['source']}/{_printable(inside)}" if inside else meta["source"]
     size = path.stat().st_size
     if size > shard_bytes and kind_of(path.name)[0] == "rows":
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return _row_groups(path, name, meta, shard_bytes)
         if compression(path) is None:
             starts = line_starts(path, shard_bytes)

@@ -12,12 +12,15 @@ from typing import Any
 
 from shoal.data import clean, duplicates, entropy, pack, store, vocabulary
 from shoal.data.ledger import Ledger
-from shoal.data.plan import Part, plan_shards
+from shoal.data.plan import Part, Source, find_files, plan_shards
 from shoal.data.recipe import Recipe, recipe_from
-from shoal.data.run import Machine, Stage, run_stage
+from shoal.data.run import MARKER_BYTES, Machine, Stage, marker_path, run_stage
+from shoal.data.shards import INDEX
 from shoal.data.steps import Steps, standard_steps
-from shoal.errors import FileError
-from shoal.formats.atomic import atomic_file
+from shoal.data.streams import open_raw
+from shoal.errors import ConfigError, FileError
+from shoal.formats.atomic import LOCK, atomic_file, sole_user
+from shoal.formats.hf_config import read_json
 
 # Fields that may change between two runs into one folder, and the first stage that sees them.
 LATER = {
@@ -59,15 +62,22 @@ def prepare(
         FileError, ConfigError, WorkerError: input, recipe or machine are at fault; what is finished is kept.
     """
     folder, machine = Path(folder), machine or Machine()
-    key = _claim(folder, recipe, steps)
-    shards = _plan(folder, recipe)
-    numbers = list(range(len(shards)))
-    job = clean.Cleaning(folder=folder, recipe=recipe, shards=shards, steps=steps)
-    stage = Stage(folder=folder, name=clean.STAGE, key=key, task=_Task(clean.clean_shard, job))
-    run_stage(stage, numbers, machine, max_document=recipe.max_document, progress=_named(notice, "clean"))
-    key = _find_duplicates(folder, recipe, machine, key, notice)
-    _choose(folder, recipe, key, notice)
-    return pack_folder(folder, machine, notice=notice)
+    shards, plan = _plan(folder, recipe)  # nothing is written before the input is known to be there
+    if folder.is_dir() and not (folder / "recipe.json").is_file() and any(p.name != LOCK for p in folder.iterdir()):
+        raise FileError(folder, "already exists and is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    with sole_user(folder):
+        key = _claim(folder, recipe, steps, plan)
+        job = clean.Cleaning(folder=folder, recipe=recipe, shards=shards, steps=steps)
+        stage = Stage(
+            folder=folder, name=clean.STAGE, key=key, task=_Task(clean.clean_shard, job),
+            files=functools.partial(clean.files, folder),
+        )  # fmt: skip
+        numbers = list(range(len(shards)))
+        run_stage(stage, numbers, machine, max_document=recipe.max_document, progress=_named(notice, "clean"))
+        key = _find_duplicates(folder, recipe, machine, key, notice)
+        _choose(folder, recipe, key, notice)
+        return _pack(folder, recipe, machine, notice)
 
 
 def pack_folder(
@@ -84,26 +94,38 @@ def pack_folder(
         tokenizer, vocab_size: take the place of the recipe's.
 
     Raises:
-        FileError: the folder was not prepared.
+        FileError: the folder was not prepared, or not to the end.
     """
-    from shoal.data.report import write_report
-
-    machine, recipe = machine or Machine(), read_recipe(folder)
+    recipe = read_recipe(folder)
     if tokenizer or vocab_size:
         recipe = replace(recipe, tokenizer=tokenizer, vocab_size=vocab_size)
+    with sole_user(folder):
         _write_json(folder / "recipe.json", {"key": _key_of(folder), "recipe": recipe.to_dict()})
-    numbers = store.shard_numbers(folder)
+        return _pack(folder, recipe, machine or Machine(), notice)
+
+
+def _pack(folder: Path, recipe: Recipe, machine: Machine, notice: Notice) -> Result:
+    from shoal.data.report import write_report
+
+    plan = read_json(folder / "plan.json", MARKER_BYTES)
+    numbers = list(range(len(plan["shards"])))
+    for path in (path for number in numbers for path in clean.files(folder, number)):
+        if not path.exists():
+            raise FileError(path, "is missing; `shoal data prepare` with the same recipe makes it")
     verdicts = tuple(store.verdict_names(folder))
     home = _tokenizer(folder, recipe)
     digest = vocabulary.digest(home) if home else "none"
     key = _key(_key_of(folder), pack.verdicts_digest(folder, verdicts), digest, *verdicts)
     job = pack.Packing(folder=folder, tokenizer=home, verdicts=verdicts, seed=recipe.seed)
     stage = Stage(folder=folder, name=pack.STAGE, key=key, task=_Task(pack.pack_shard, job))
+    if home is not None:
+        stage = replace(stage, files=functools.partial(pack.files, folder))
     joined = Stage(
         folder=folder,
         name="join",
         key=key,
         task=lambda _: {"tokens": pack.join_parts(job, numbers, _provenance(folder, recipe))},
+        files=lambda _: [folder / "tokens" / INDEX],
     )
     ledgers = run_stage(stage, numbers, machine, max_document=recipe.max_document, progress=_named(notice, "pack"))
     if home is not None:
@@ -114,7 +136,7 @@ def pack_folder(
     for name in ("duplicates", "band"):
         found = _ledgers(folder, name, [0])
         summary[name] = found[0] if found else None
-    summary["passed_over"] = json.loads((folder / "plan.json").read_bytes())["passed_over"]
+    summary["passed_over"] = plan["passed_over"]
     _write_json(folder / "summary.json", summary)
     write_report(folder)
     notice("report", 1, 1)
@@ -126,7 +148,7 @@ def read_recipe(folder: Path) -> Recipe:
     path = folder / "recipe.json"
     if not path.is_file():
         raise FileError(folder, "holds no recipe.json; `shoal data prepare` makes one")
-    return recipe_from(json.loads(path.read_bytes())["recipe"], path.absolute())
+    return recipe_from(read_json(path)["recipe"], path.absolute())
 
 
 @dataclass(frozen=True)
@@ -140,39 +162,54 @@ class _Task:
         return self.function(self.job, shard)
 
 
-def _claim(folder: Path, recipe: Recipe, steps: Steps) -> str:
-    """Write `recipe.json`, unless another recipe's run lies there. Returns the key of the cleaning."""
-    path = folder / "recipe.json"
+def _claim(folder: Path, recipe: Recipe, steps: Steps, plan: dict[str, Any]) -> str:
+    """Write `recipe.json` and `plan.json`, unless another recipe's run lies there, or one over input that has changed
+    since. Returns the key of the cleaning."""
     data = recipe.to_dict()
     fixed = {name: value for name, value in data.items() if name not in LATER}
     fixed["steps"] = f"{steps.__module__}.{steps.__qualname__}"
-    key = _key(json.dumps(fixed, sort_keys=True))
+    key = _key(json.dumps(fixed, sort_keys=True), *map(_content_digest, recipe.evaluations))
+    path = folder / "recipe.json"
     if path.is_file():
-        old = json.loads(path.read_bytes())
+        old = read_json(path)
         if old["key"] != key:
             different = [name for name in fixed if name != "steps" and fixed[name] != old["recipe"].get(name)]
-            raise FileError(folder, f"holds a run of another recipe ({', '.join(different) or 'steps'} differ)")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise FileError(folder, "already exists and is not empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(path, {"key": key, "recipe": data})
+            what = ", ".join(different) or "steps or the content of evaluation sets"
+            raise FileError(folder, f"holds a run of another recipe ({what} differ)")
+    path = folder / "plan.json"
+    if path.is_file():
+        planned = read_json(path, MARKER_BYTES)
+        if any(planned[name] != plan[name] for name in ("shards", "sizes")):
+            raise FileError(folder, "holds a run over other input: files were added, removed or changed since")
+    _write_json(folder / "recipe.json", {"key": key, "recipe": data})
+    _write_json(path, plan)
     return key
 
 
-def _plan(folder: Path, recipe: Recipe) -> tuple[tuple[Part, ...], ...]:
-    """The shards of the input; refuses input that has changed since the folder's run began."""
+def _plan(folder: Path, recipe: Recipe) -> tuple[tuple[tuple[Part, ...], ...], dict[str, Any]]:
+    """The shards of the input, and what `plan.json` holds of them."""
+    inside = next((one.path for one in recipe.sources if folder.resolve().is_relative_to(one.path.resolve())), None)
+    if inside is not None:
+        raise ConfigError("out", f"{folder} lies inside {inside}, which is to be read")
+    for path in recipe.evaluations:
+        if not path.exists():
+            raise FileError(path, "there is no such file or folder")
     found, passed = plan_shards(recipe.sources, shard_bytes=recipe.shard_bytes)
     if not found:
         raise FileError(recipe.sources[0].path, "holds nothing to read")
     sizes = [[part.path.stat().st_size for part in shard] for shard in found]
-    plan = {"shards": json.loads(json.dumps([[asdict(p) for p in s] for s in found], default=str)), "sizes": sizes}
-    path = folder / "plan.json"
-    if path.is_file():
-        old = json.loads(path.read_bytes())
-        if (old["shards"], old["sizes"]) != (plan["shards"], plan["sizes"]):
-            raise FileError(folder, "holds a run over other input: files were added, removed or changed since")
-    _write_json(path, {**plan, "passed_over": passed})
-    return tuple(tuple(shard) for shard in found)
+    shards = json.loads(json.dumps([[asdict(part) for part in shard] for shard in found], default=str))
+    return tuple(map(tuple, found)), {"shards": shards, "sizes": sizes, "passed_over": passed}
+
+
+def _content_digest(path: Path) -> str:
+    """Of an evaluation set: shards that are cleaned by one must not lie beside shards cleaned by another."""
+    found = hashlib.blake2b(digest_size=16)
+    for file in find_files(Source(path=path)):
+        with open_raw(file) as raw:
+            while block := raw.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
 
 
 def _find_duplicates(folder: Path, recipe: Recipe, machine: Machine, key: str, notice: Notice) -> str:
@@ -183,19 +220,19 @@ def _find_duplicates(folder: Path, recipe: Recipe, machine: Machine, key: str, n
         duplicates.write_duplicates(folder, found)
         return {"exact": int((found.how == 1).sum()), "near": int((found.how == 2).sum()), "of": len(found.how)}
 
-    run_stage(
-        Stage(folder=folder, name="duplicates", key=key, task=task),
-        [0],
-        ALONE,
-        max_document=1,
-        progress=_named(notice, "dedupe"),
-    )
+    numbers = store.shard_numbers(folder)
+    stage = Stage(
+        folder=folder, name="duplicates", key=key, task=task,
+        files=lambda _: [store.attribute_path(folder, duplicates.ATTRIBUTES, number) for number in numbers],
+    )  # fmt: skip
+    run_stage(stage, [0], ALONE, max_document=1, progress=_named(notice, "dedupe"))
     return key
 
 
 def _choose(folder: Path, recipe: Recipe, key: str, notice: Notice) -> None:
     """Stage one: scores of the reference model if one is named, then the band; an old band goes if none is wanted."""
     if recipe.band is None:
+        marker_path(folder, "band", 0).unlink(missing_ok=True)
         store.remove_attributes(folder, entropy.VERDICT)
         return
     numbers = store.shard_numbers(folder)
@@ -209,11 +246,18 @@ def _choose(folder: Path, recipe: Recipe, key: str, notice: Notice) -> None:
                 opened.append(entropy.open_reference(str(recipe.entropy_model)))
             return entropy.score_shard(opened[0], folder, shard, verdicts)
 
-        stage = Stage(folder=folder, name="surprise", key=key, task=score)
+        stage = Stage(
+            folder=folder, name="surprise", key=key, task=score,
+            files=lambda shard: [store.attribute_path(folder, entropy.SCORES, shard)],
+        )  # fmt: skip
         run_stage(stage, numbers, ALONE, max_document=1, progress=_named(notice, "score"))
     key, with_model = _key(key, *map(str, recipe.band)), recipe.entropy_model is not None
     choose = functools.partial(entropy.choose_band, folder, recipe.band, verdicts, with_model=with_model)
-    run_stage(Stage(folder=folder, name="band", key=key, task=lambda _: choose()), [0], ALONE, max_document=1)
+    stage = Stage(
+        folder=folder, name="band", key=key, task=lambda _: choose(),
+        files=lambda _: [store.attribute_path(folder, entropy.VERDICT, number) for number in numbers],
+    )  # fmt: skip
+    run_stage(stage, [0], ALONE, max_document=1)
 
 
 def _tokenizer(folder: Path, recipe: Recipe) -> Path | None:
@@ -225,8 +269,10 @@ def _tokenizer(folder: Path, recipe: Recipe) -> Path | None:
     if not recipe.tokenizer and not recipe.vocab_size:
         return None
     origin = {"tokenizer": recipe.tokenizer, "vocab_size": recipe.vocab_size, "near": recipe.near_duplicates}
+    if recipe.tokenizer and (Path(recipe.tokenizer) / "tokenizer.json").is_file():
+        origin["digest"] = vocabulary.digest(Path(recipe.tokenizer))
     marker = folder / "done" / "tokenizer.json"
-    if marker.is_file() and json.loads(marker.read_bytes()) == origin and target.is_dir():
+    if marker.is_file() and read_json(marker) == origin and target.is_dir():
         return target
     if recipe.tokenizer:
         pack.keep_tokenizer(folder, recipe.tokenizer)
@@ -261,12 +307,12 @@ def _provenance(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _key_of(folder: Path) -> str:
-    return str(json.loads((folder / "recipe.json").read_bytes())["key"])
+    return str(read_json(folder / "recipe.json")["key"])
 
 
 def _ledgers(folder: Path, stage: str, numbers: Iterable[int]) -> list[dict[str, Any]]:
-    paths = [Stage(folder=folder, name=stage, key="", task=lambda _: {}).marker(number) for number in numbers]
-    return [json.loads(path.read_bytes())["ledger"] for path in paths if path.is_file()]
+    paths = [marker_path(folder, stage, number) for number in numbers]
+    return [read_json(path, MARKER_BYTES)["ledger"] for path in paths if path.is_file()]
 
 
 def _merged(ledgers: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from shoal.errors import FileError
 
 MAX_DOCUMENT = 4 << 20  # bytes of one document; also of one line
 EXCERPT = 200  # bytes of a bad row that its reject shows
-PARQUET_ROWS = 256
+PARQUET_ROWS = 32  # in memory at once: they may all be as large as a document may be
+PLACE = ("path", "line", "hash")  # where a row stands, which is ours to say
+PROVENANCE = ("source", "version", "licence", "kind", "language")  # words: anything else is a column like others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,9 @@ def _row_problem(row: Any, options: ReadOptions) -> str | None:
         return f"the row has no field {field!r}"
     if not isinstance(row[field], str):
         return f"field {field!r} is not a string"
-    return f"the text is longer than {options.max_document} bytes" if len(row[field]) > options.max_document else None
+    if len(row[field]) > options.max_document or len(row[field].encode()) > options.max_document:
+        return f"the text is longer than {options.max_document} bytes"
+    return None
 
 
 def _from_row(row: Any, number: int, part: Part, options: ReadOptions, bad: _Bad) -> Document | None:
@@ -151,11 +155,18 @@ def _from_row(row: Any, number: int, part: Part, options: ReadOptions, bad: _Bad
         return None
     text = row.pop(options.text_field)
     given = row.pop(options.id_field, None)
+    try:
+        orjson.dumps(row, default=store.as_text)
+    except orjson.JSONEncodeError:  # it reads deeper nesting than it writes
+        bad(number, "a column is nested too deeply", repr(row)[:EXCERPT])
+        return None
     inner = row.pop("metadata", None)
     meta = {**part.metadata, "path": part.name, "line": number, "hash": text_hash(text)}
     if isinstance(inner, dict):  # a document of ours, or of Dolma or datatrove: provenance goes on travelling
-        meta |= {key: value for key, value in inner.items() if key not in ("path", "line", "hash")}
-    elif inner is not None:
+        odd = {key: inner.pop(key) for key in PROVENANCE if not isinstance(inner.get(key, ""), str)}
+        meta |= {key: value for key, value in inner.items() if key not in PLACE}
+        inner = {key: value for key, value in odd.items() if value is not None} or None
+    if inner is not None:
         row["metadata"] = inner
     meta.setdefault("kind", "text")
     if row:
@@ -168,16 +179,39 @@ def _parquet_rows(part: Part, options: ReadOptions, bad: OnBad) -> Iterator[tupl
     pyarrow = arrow()
     import pyarrow.parquet as parquet
 
-    number = part.line - 1
+    damage = (OSError, pyarrow.ArrowException)
     try:
-        with parquet.ParquetFile(part.path, memory_map=False, pre_buffer=False) as file:
-            groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
-            for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(groups)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise FileError(part.path, f"damaged Parquet: {str(error).splitlines()[0][:120]}") from error
+        file = parquet.ParquetFile(part.path, memory_map=False, pre_buffer=False)
+    except damage as error:
+        return bad(None, _damaged(error), "")
+    with file:
+        number = part.line - 1
+        for group in range(part.start, file.num_row_groups if part.stop is None else part.stop):
+            end = number + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group]):
+                    for row in _values(batch):
+                        number += 1
+                        if row is None:
+                            bad(number, "the row holds a value that is no text, number or time", "")
+                        else:
+                            yield number, row
+            except damage as error:
+                bad(number + 1, f"{_damaged(error)}; the rows up to {end} are lost", "")
+            number = end
+    return None
+
+
+def _damaged(error: Exception) -> str:
+    return f"damaged Parquet: {str(error).splitlines()[0][:120]}"
+
+
+def _values(batch: Any) -> list[Any]:
+    """Rows of an arrow batch; None for one that Python cannot hold: text that is no UTF-8, a time out of range."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError):
+        return [None] if len(batch) == 1 else [row for at in range(len(batch)) for row in _values(batch.slice(at, 1))]
 
 
 def _read_whole(part: Part, options: ReadOptions, bad: _Bad) -> Iterator[Document]:
@@ -195,6 +229,8 @@ def _read_whole(part: Part, options: ReadOptions, bad: _Bad) -> Iterator[Documen
         return bad(None, "the file is not UTF-8 and declares no other encoding", content)
     kind, language = kind_of(part.name)
     meta = {"kind": kind or "text", **part.metadata, "path": part.name, "hash": text_hash(text)}
+    if kind:  # the name tells; what was said of the source is for names that do not
+        meta["kind"] = kind
     if language:
         meta["language"] = language
     yield Document(id=part.name, text=text, metadata=meta)
@@ -211,6 +247,8 @@ def _decode(content: bytes) -> str | None:
         pass
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content[:1000]).readline)
-        return content.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError):
+        text = content.decode(encoding)
+        text.encode()  # `unicode_escape` and the like make half characters
+        return text
+    except (SyntaxError, LookupError, UnicodeError):  # LookupError: `rot13` and others that are no encodings of text
         return None

@@ -83,10 +83,10 @@ class Recipe:
             raise ConfigError("entropy_model", "scores documents for a band, and none is given")
         if self.tokenizer and self.vocab_size:
             raise ConfigError("vocab_size", "trains a tokenizer, so that none can be given as well")
-        for name, low in (("max_document", 1), ("shard_bytes", 1), ("vocab_size", 258)):
+        for name, low in (("max_document", 1), ("shard_bytes", 1), ("vocab_size", 258), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(name, f"must be at least {low}, got {value}")
+            if value is not None and not low <= value < 1 << 63:
+                raise ConfigError(name, f"must be at least {low} and below 2**63, got {value}")
 
     @property
     def read_options(self) -> ReadOptions:
@@ -107,13 +107,17 @@ def recipe_from(data: Mapping[str, Any], where: Path) -> Recipe:
     """
     fields = {field.name for field in dataclasses.fields(Recipe)}
     values = {_known(key.replace("-", "_"), fields, where): value for key, value in data.items()}
+    for field in dataclasses.fields(Recipe):
+        value = values.get(field.name, field.default)
+        if type(field.default) in (bool, int, str) and type(value) is not type(field.default):
+            raise FileError(where, f"must be a {type(field.default).__name__}, got {value!r}", item=field.name)
     base = where.parent
-    values["sources"] = tuple(_source(one, base, where) for one in values.get("sources", ()))
-    values["evaluations"] = tuple(base / one for one in values.get("evaluations", ()))
-    for name in ("rules", "languages", "band"):
-        if values.get(name) is not None:
-            values[name] = tuple([values[name]] if isinstance(values[name], str) else values[name])
     try:
+        for name in ("sources", "evaluations", "rules", "languages", "band"):
+            if values.get(name) is not None:
+                values[name] = tuple([values[name]] if isinstance(values[name], str) else values[name])
+        values["sources"] = tuple(_source(one, base, where) for one in values.get("sources", ()))
+        values["evaluations"] = tuple(base / one for one in values.get("evaluations", ()))
         return Recipe(**values)
     except TypeError as error:
         raise FileError(where, f"a field has the wrong type: {error}") from error

@@ -12,7 +12,7 @@ import numpy as np
 from shoal.data import charts, entropy, store
 from shoal.data.charts import number
 from shoal.data.ledger import BINS, SCALES
-from shoal.data.page import Section, excerpt, folded, page, table
+from shoal.data.page import Markup, Section, excerpt, folded, page, table
 from shoal.errors import FileError
 from shoal.formats.atomic import atomic_file
 
@@ -126,8 +126,8 @@ def _reasons(clean: dict[str, Any], pack: dict[str, Any], read: list[int], rate:
     return Section("Why text was dropped", table(columns, cells, (2, 3, 4, 5)) + left if rows else "", hint)
 
 
-def _bar(share: float) -> str:
-    return f'<span class="bar" style="width:{share * 130:.0f}px"></span>'
+def _bar(share: float) -> Markup:
+    return Markup(f'<span class="bar" style="width:{share * 130:.0f}px"></span>')
 
 
 def _distributions(

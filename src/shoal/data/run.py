@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import resource
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from typing import Any
 from shoal import settings
 from shoal.errors import ConfigError, ShoalError
 from shoal.formats.atomic import atomic_file
+from shoal.formats.hf_config import read_json
 
 Task = Callable[[int], dict[str, Any]]
 Progress = Callable[[int, int], None]
+MARKER_BYTES = 1 << 30
 PARENT = 128 << 20  # bytes of the process that hands out the work
 WORKER_BASE = 256 << 20  # bytes of a worker before it holds a document: the interpreter and its libraries
 DOCUMENT_COST = 48  # bytes that a byte of the largest document may cost: its text, words and their hashes
@@ -70,6 +73,15 @@ class WorkerError(ShoalError):
     """A worker process was killed, most often for want of memory."""
 
 
+def marker_path(folder: Path, stage: str, shard: int) -> Path:
+    """Where it is written down that a stage has done a shard."""
+    return folder / "done" / stage / f"{shard:05d}.json"
+
+
+def _none(shard: int) -> Iterable[Path]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """A part of a run that shards go through one by one.
@@ -78,28 +90,35 @@ class Stage:
         name: of its markers, `done/<name>/`.
         key: of everything that decides its result; a marker with another key counts for nothing.
         task: what is done for a shard.
+        files: what it leaves of a shard; a marker without them counts for nothing either.
     """
 
     folder: Path
     name: str
     key: str
     task: Task
+    files: Callable[[int], Iterable[Path]] = _none
 
     def marker(self, shard: int) -> Path:
-        return self.folder / "done" / self.name / f"{shard:05d}.json"
+        return marker_path(self.folder, self.name, shard)
 
     def ledger(self, shard: int) -> dict[str, Any] | None:
         """What the task returned for a finished shard, or None."""
         path = self.marker(shard)
-        if not path.exists():
+        if not path.exists() or not all(one.exists() for one in self.files(shard)):
             return None
-        data = json.loads(path.read_bytes())
+        data = read_json(path, MARKER_BYTES)
         return data["ledger"] if data["key"] == self.key else None
 
     def finish(self, shard: int) -> None:
         """Do the task and then set its marker: a killed run does the shard again, a finished one does not."""
-        data = {"key": self.key, "ledger": self.task(shard)}
         path = self.marker(shard)
+        path.unlink(missing_ok=True)  # one of other settings must not vouch for files that are half of these
+        try:
+            data = {"key": self.key, "ledger": self.task(shard)}
+        except MemoryError as error:
+            cap = _mib(resource.getrlimit(resource.RLIMIT_DATA)[0])
+            raise WorkerError(f"shard {shard} needs more than its share of memory ({cap})") from error
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as out:
             out.write(json.dumps(data, ensure_ascii=False).encode())
@@ -120,15 +139,15 @@ def run_stage(
         if progress is not None:
             progress(done, len(shards))
     if left:
-        for rest in stage.folder.rglob(".*.partial"):  # of workers that were killed
-            rest.unlink(missing_ok=True)
+        for rest in list(stage.folder.rglob(".*.partial")):  # of workers that were killed
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
     return [stage.ledger(shard) or {} for shard in shards]
 
 
 def _finished(finisher: Callable[[int], None], left: list[int], machine: Machine, max_document: int) -> Iterator[int]:
     """Numbers of shards, as they are finished."""
     workers, memory = machine.share(max_document)
-    if machine.engine == "ray":
+    if left and machine.engine == "ray":
         from shoal.data.ray_engine import run_on_ray
 
         yield from run_on_ray(finisher, left, machine.address, workers, memory)
@@ -150,12 +169,7 @@ def _in_processes(finisher: Callable[[int], None], left: list[int], workers: int
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     shard = waiting.pop(future)
-                    try:
-                        future.result()
-                    except MemoryError as error:
-                        raise WorkerError(
-                            f"shard {shard} needs more than its share of memory ({_mib(memory)})"
-                        ) from error
+                    future.result()
                     yield shard
         except BrokenProcessPool as error:
             raise WorkerError(
@@ -167,7 +181,7 @@ def _in_processes(finisher: Callable[[int], None], left: list[int], workers: int
 
 
 def _mib(memory: int | None) -> str:
-    return "no cap was set" if memory is None else f"{memory >> 20} MiB"
+    return "no cap was set" if memory in (None, resource.RLIM_INFINITY) else f"{memory >> 20} MiB"
 
 
 def prepare_worker(memory: int | None) -> None:

@@ -45,13 +45,16 @@ def standard_steps(recipe: Recipe) -> list[tuple[str, Step]]:
     """normalise → licence → language → quality → contamination → privacy, as far as the recipe asks for them."""
     rules = rules_for(recipe.rules)
     roots = {source.metadata()["source"]: source.path for source in recipe.sources}
+    names = sorted(roots, key=len, reverse=True)
 
     def clean(document: Document) -> None:
         rewrite(document, normalise(document.text, document.metadata["kind"]))
 
     def licence(document: Document) -> str | None:
-        root = roots[document.metadata["source"]]
-        inside = document.metadata["path"].partition("/")[2]
+        # By the path: a row may name a source of its own.
+        path = document.metadata["path"]
+        name = next(one for one in names if path == one or path.startswith(f"{one}/"))
+        root, inside = roots[name], path[len(name) + 1 :]
         licences.provenance(document, root / inside if inside else root, root)
         found = document.metadata.get("licence")
         if recipe.licences == "any" or licences.is_permissive(found):

@@ -10,6 +10,7 @@ whole or not at all.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,10 +52,26 @@ def line_writer(path: Path) -> Iterator[Callable[[Any], None]]:
         out = arrow().CompressedOutputStream(arrow().PythonFile(_KeepOpen(raw), "w"), "zstd")
 
         def write(row: Any) -> None:
-            out.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            with written(path):
+                out.write(orjson.dumps(row, default=as_text, option=orjson.OPT_APPEND_NEWLINE))
 
         yield write
-        out.close()
+        with written(path):
+            out.close()
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What the disk refuses, as FileError."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(path, f"cannot be written: {error.strerror or error}") from error
+
+
+def as_text(value: Any) -> str:
+    """What JSON has no word for, as columns of Parquet hold it: decimals, spans of time; bytes as base64."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from shoal.engine.embedding import MAX_EMBEDDING_TOKENS, Embedder
 from shoal.engine.expert_load import ExpertLoad
 from shoal.engine.generation import Generation
 from shoal.engine.grammar import Grammars
-from shoal.engine.machine import available_bytes
 from shoal.engine.outputs import Chunk, Completion, TokenLogprob
 from shoal.engine.params import SamplingParams
 from shoal.engine.routing import OnRouting
@@ -27,6 +26,7 @@ from shoal.engine.sequence import Sequence as Running
 from shoal.errors import ConfigError, RequestError
 from shoal.formats.adapter import load_adapter, merge
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
+from shoal.machine import available_bytes
 
 Message = Mapping[str, Any]
 DEFAULT_CACHE_TOKENS = 32768

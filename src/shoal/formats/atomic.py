@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: a temporary sibling, fsync, then a rename."""
+"""Files and folders that appear whole or not at all: a temporary sibling, fsync, then a rename; one run a folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from shoal.errors import FileError
+
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -88,6 +90,33 @@ def sync_folder(path: Path) -> None:
     with contextlib.suppress(OSError):
         os.fsync(handle)
     os.close(handle)
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        FileError: another run holds it.
+    """
+    import fcntl  # not everywhere
+
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise FileError(folder, f"cannot be written: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(handle, 20).decode("ascii", "replace").strip()
+            raise FileError(folder, f"another run is at work here (process {holder or 'unknown'})") from error
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+        os.truncate(handle, 0)
+    finally:
+        os.close(handle)
 
 
 def _sibling(path: Path) -> Path:

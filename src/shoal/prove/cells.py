@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.data.select.run import ROUNDS, Choice, Ground, choose, describe
+from shoal.data.select.run import METHODS, ROUNDS, Choice, Ground, choose, describe
 from shoal.errors import ConfigError
 from shoal.formats.atomic import atomic_file
 from shoal.prove.completion import Cases, bleu, complete, exact_match
@@ -51,6 +51,9 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(name, f"must be at least {low}, got {value}")
+        wrong = next((one for one in self.methods if one not in METHODS or self.methods.count(one) > 1), None)
+        if wrong is not None:
+            raise ConfigError("methods", f"must be of {', '.join(METHODS)}, each once, got {wrong!r}")
         if not 0 < self.epochs <= 100:
             raise ConfigError("epochs", f"must lie between 0 and 100, got {self.epochs}")
 
@@ -96,20 +99,23 @@ def run_cell(
     assert ground.held_out is not None
     started, processor = time.perf_counter(), time.process_time()
     tokenizer, size = ground.tokenizer, plan.size
-    steps = max(1, cell.tokens // size.step_tokens)
+    documents = np.flatnonzero(ground.pool.alive_N if picked_N is None else picked_N)
+    text_tokens = int(ground.pool.lengths_N[documents].sum())
+    # A method may find less than its share; its model goes over that as often as the others over theirs.
+    tokens = cell.tokens if cell.regime == TOKENS else min(cell.tokens, round(plan.epochs * text_tokens))
+    steps = max(1, tokens // size.step_tokens)
     student = Student(
         size, ground.pool, ground.held_out, tokenizer.vocab_size, tokenizer.eos_token_ids[0], cell.seed, steps
     )
-    documents = np.flatnonzero(ground.pool.alive_N if picked_N is None else picked_N)
     curve: list[tuple[int, float]] = []
 
     def watch(step: int) -> None:
         if step == steps or step % max(1, steps // POINTS) == 0:
             curve.append((step * size.step_tokens, student.loss()))
 
-    student.read(documents, cell.tokens, watch)
+    student.read(documents, tokens, watch)
     result: dict[str, Any] = {
-        **asdict(cell), "documents": len(documents), "text_tokens": int(ground.pool.lengths_N[documents].sum()),
+        **asdict(cell), "documents": len(documents), "text_tokens": text_tokens,
         "read": student.step * size.step_tokens, "loss": curve[-1][1], "curve": curve, "exact": None, "bleu": None,
     }  # fmt: skip
     result["passes"] = result["read"] / result["text_tokens"]

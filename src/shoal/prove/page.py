@@ -55,7 +55,8 @@ def render(data: dict[str, Any]) -> str:
 def _statements(data: dict[str, Any]) -> Section:
     rows = [[said] for said in data["statements"]] or [["Nothing can be said yet: no seed has both sides."]]
     hint = ("Selected is the adversarial pick. Better and worse are said only where the 95 % interval of the "
-            "difference, seed by seed, leaves zero out.")  # fmt: skip
+            "difference, seed by seed, leaves zero out. Intervals are of each comparison by itself: of many, one in "
+            "twenty would leave zero out by chance.")  # fmt: skip
     return Section("What the numbers say", table(("regime, measure: result",), rows), hint)
 
 

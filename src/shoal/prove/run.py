@@ -65,7 +65,7 @@ def prove(ground: Ground, plan: Plan, out: Path, command: str, notice: Notice = 
     results = Results(out, _key(ground, plan))
     cases = _cases(ground, plan)
     for number, cell in enumerate(cells):
-        if results.get(cell.name) is None and (same := _twin(cell, cells, results)) is not None:
+        if results.get(cell.name) is None and (same := _twin(plan, cell, cells, results)) is not None:
             results.put(cell.name, {**same, "regime": cell.regime})
         elif results.get(cell.name) is None:
             results.put(cell.name, run_cell(ground, plan, cell, _picked(ground, plan, cell, results), cases))
@@ -184,11 +184,15 @@ def _picked(ground: Ground, plan: Plan, cell: Cell, results: Results) -> NDArray
     return choice.picked_N
 
 
-def _twin(cell: Cell, cells: Sequence[Cell], results: Results) -> dict[str, Any] | None:
+def _twin(plan: Plan, cell: Cell, cells: Sequence[Cell], results: Results) -> dict[str, Any] | None:
     """What the same arm and seed came to where the other regime reads as many tokens: nothing differs but the name."""
     for other in cells:
         if (other.seed, other.arm, other.tokens) == (cell.seed, cell.arm, cell.tokens) and other != cell:
-            return results.get(other.name)
+            found = results.get(other.name)
+            short = (
+                found is not None and round(plan.epochs * found["text_tokens"]) < cell.tokens - plan.size.step_tokens
+            )
+            return None if short else found
     return None
 
 

@@ -47,9 +47,9 @@ class LossSettings:
     def __post_init__(self) -> None:
         for name in ("mtp_weight", "balance_weight", "z_weight"):
             if not 0.0 <= getattr(self, name) <= 100.0:
-                raise ConfigError(name, f"must lie between 0 and 100, got {getattr(self, name)!r}")
+                raise ConfigError(f"losses.{name}", f"must lie between 0 and 100, got {getattr(self, name)!r}")
         if not 0.0 <= self.mtp_from <= 1.0:
-            raise ConfigError("mtp_from", f"must lie between 0 and 1, got {self.mtp_from!r}")
+            raise ConfigError("losses.mtp_from", f"must lie between 0 and 1, got {self.mtp_from!r}")
 
     def at(self, step: int, steps: int) -> LossSettings:
         """The settings of step `step` (from 0) of `steps`."""

@@ -1,17 +1,13 @@
-"""How a run is asked to save or stop: signals and touched files. And how a second run on the same folder is refused."""
+"""How a run is asked to save or stop: signals and touched files."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-
-from shoal.errors import FileError
 
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -65,27 +61,3 @@ class Requests:
         except FileNotFoundError:
             return False
         return True
-
-
-@contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        FileError: another run holds it.
-    """
-    try:
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise FileError(folder, f"cannot be written: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(handle, 20).decode("ascii", "replace").strip()
-            raise FileError(folder, f"another run is at work here (process {holder or 'unknown'})") from error
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-        yield
-    finally:
-        os.close(handle)

@@ -62,6 +62,11 @@ class TuneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecipe(Recipe):
-    """A complete tuning run. Of the training settings, `data.*` has no meaning here."""
+    """A complete tuning run. Of the training settings, `data.*` has no meaning here, and `compile` is refused."""
 
     tune: TuneSettings = field(default_factory=lambda: TuneSettings(model="", data=""))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile:
+            raise ConfigError("compile", "is for training from text; adapters and frozen weights run as they are")

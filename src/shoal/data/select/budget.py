@@ -19,7 +19,6 @@ class Scores:
         values_N: the greater the sooner it is kept; -inf never.
         facts: what the page tells about how they came about; plain values.
         reasons: for documents that are not wanted whatever the budget: number → a few words.
-        order: whether `values_N` alone decides; else `picked_N` does.
         picked_N: the method's own choice, where it deals with the budget itself.
     """
 

@@ -10,7 +10,6 @@ Shapes: N documents, B buckets, F measures.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -28,6 +27,7 @@ from shoal.data.shards import token_dtype
 from shoal.data.views import hash_words, ngram_hashes
 from shoal.errors import FileError
 from shoal.formats.atomic import atomic_file
+from shoal.formats.hf_config import read_json
 from shoal.formats.tokenizer import Tokenizer
 
 BUCKETS = 10_000
@@ -194,10 +194,10 @@ def open_pool(folder: Path, verdicts: Sequence[str], machine: Machine, progress:
     if not (home / "tokenizer.json").is_file():
         raise FileError(folder, "holds no tokenizer; prepare it with --tokenizer or --vocab-size")
     # Documents never change after the cleaning, whose key is in the recipe.
-    cleaning = json.loads((folder / "recipe.json").read_bytes())["key"]
+    cleaning = read_json(folder / "recipe.json")["key"]
     key = f"{VERSION} {vocabulary.digest(home)} {cleaning}"
     task = functools.partial(_write_part, folder)
-    stage = Stage(folder=folder, name=STAGE, key=key, task=task)
+    stage = Stage(folder=folder, name=STAGE, key=key, task=task, files=functools.partial(_files, folder))
     run_stage(stage, shards, machine, max_document=COUNTED, progress=progress)
     alive, kinds, sources = [], [], []
     for shard in shards:
@@ -224,8 +224,7 @@ def _write_part(folder: Path, shard: int) -> dict[str, Any]:
             yield document
 
     part = make_part(noted(), tokenizer)
-    for field in fields(Part):
-        path = _array_path(folder, shard, field.name)
+    for field, path in zip(fields(Part), _files(folder, shard), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as out:
             np.save(out, getattr(part, field.name))
@@ -234,8 +233,7 @@ def _write_part(folder: Path, shard: int) -> dict[str, Any]:
 
 def _read_part(folder: Path, shard: int) -> Part:
     arrays = {}
-    for field in fields(Part):
-        path = _array_path(folder, shard, field.name)
+    for field, path in zip(fields(Part), _files(folder, shard), strict=True):
         try:
             arrays[field.name] = np.load(path, mmap_mode="r")
         except (OSError, ValueError) as error:
@@ -243,8 +241,8 @@ def _read_part(folder: Path, shard: int) -> Part:
     return Part(**arrays)
 
 
-def _array_path(folder: Path, shard: int, name: str) -> Path:
-    return folder / FOLDER / STAGE / f"{shard:05d}.{name.split('_')[0]}.npy"
+def _files(folder: Path, shard: int) -> list[Path]:
+    return [folder / FOLDER / STAGE / f"{shard:05d}.{field.name.split('_')[0]}.npy" for field in fields(Part)]
 
 
 def _sums(values: Array, starts_N: Array) -> NDArray[np.float64]:

@@ -37,7 +37,8 @@ def preselect(task: Task) -> Scores:
         if found is None:
             proxies = task.asked()
             learner = proxies(task.seed)
-            here = task.alive[label_N[task.alive] == model] if model < MODELS - 1 else task.alive
+            here = task.alive[label_N[task.alive] == model]
+            here = here if len(here) else task.alive  # the last model's, and where there are fewer clusters
             learner.read(rng.permutation(here), proxies.tokens)
             found = {"quality": -learner.loss(), "losses": learner.surprise(sample).tolist()}
             task.journal.put(f"model-{model}", found)

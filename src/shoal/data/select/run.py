@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.data import store, vocabulary
-from shoal.data.document import Document, text_hash
+from shoal.data.document import text_hash
 from shoal.data.pack import verdicts_digest
 from shoal.data.run import Machine
 from shoal.data.select import adversarial, classifier, dsir, perplexity, plain, preselect
@@ -186,9 +186,3 @@ def describe(ground: Ground, choice: Choice) -> dict[str, Any]:
 
 def _digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
-
-
-def documents_of(ground: Ground, numbers: Sequence[int]) -> dict[int, Document]:
-    """Some documents of the pool by number, for samples."""
-    wanted = set(numbers)
-    return {n: one for n, one in enumerate(store.read_folder(ground.folder)) if n in wanted}
