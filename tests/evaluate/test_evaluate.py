@@ -22,6 +22,7 @@ from shoal.errors import FileError, ShoalError, UnknownModelError  # noqa: E402
 from shoal.evaluate import evaluate  # noqa: E402
 from shoal.evaluate.report import ratio, wilson  # noqa: E402
 from shoal.evaluate.run import read_task, task_names  # noqa: E402
+from shoal.evaluate.scoring import query  # noqa: E402
 from shoal.formats.checkpoint import open_checkpoint  # noqa: E402
 from shoal.formats.hf_save import save_folder  # noqa: E402
 from shoal.model import as_checkpoint, random_model  # noqa: E402
@@ -161,6 +162,13 @@ def test_queries_are_scored_by_running_them(llm: LLM, tmp_path: Path, monkeypatc
     assert (score.task, score.metric, score.value) == ("sql", "execution_accuracy", 0.5)
     task = read_task(f"sql:{tmp_path / 'q.jsonl'}")
     assert task["custom_dataset"]()["test"][0]["schema"] == "CREATE TABLE t (x integer);"
+    item = {"database": str(tmp_path / "a.db"), "sql": "select x from t"}
+    for answer in (
+        "selected from (select x selected from t)",
+        " select x from t",
+        "\nWITH a AS (SELECT 1) SELECT x FROM t",
+    ):
+        assert query(item, [answer]) == {"execution_accuracy": 1.0}, answer
 
 
 def test_a_users_own_yaml_task(llm: LLM, tmp_path: Path) -> None:

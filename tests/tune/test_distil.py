@@ -19,7 +19,7 @@ from shoal.formats.checkpoint import open_checkpoint  # noqa: E402
 from shoal.train.batches import IGNORE  # noqa: E402
 from shoal.train.log import read_log  # noqa: E402
 from shoal.tune import distil_losses  # noqa: E402
-from shoal.tune.distil import DistilRecipe, DistilSettings, distil  # noqa: E402
+from shoal.tune.distil import DistilSettings, distil, with_teacher  # noqa: E402
 from shoal.tune.distil_losses import kept_divergence, reverse_divergence  # noqa: E402
 from shoal.tune.examples import read_examples  # noqa: E402
 from shoal.tune.recipe import TuneSettings  # noqa: E402
@@ -81,8 +81,7 @@ def test_with_few_tokens_kept_agreement_is_still_the_minimum(states):
 def make(folder, data, mode, steps=4, **settings):
     checkpoint = open_checkpoint(folder)
     plain = default_recipe(checkpoint, TuneSettings(model=str(folder), data=str(data), method="full"))
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    recipe = DistilRecipe(**fields, distil=DistilSettings(teacher="teacher", mode=mode, **settings))
+    recipe = with_teacher(plain, DistilSettings(teacher="teacher", mode=mode, **settings))
     recipe = replace(
         recipe, precision="fp32", sequence_length=64, batch=2, micro_batch=1,
         optimiser=replace(recipe.optimiser, lr=3e-3),
@@ -173,6 +172,13 @@ def test_a_student_whose_embedding_is_filled_up_further_learns_the_same(student,
         distil(recipe, tmp_path / f"run-{folder.name}", data, teacher, Quiet())
         first.append(read_log(tmp_path / f"run-{folder.name}" / "log.jsonl")[0]["divergence"])
     assert first[1] == pytest.approx(first[0], rel=1e-4)
+
+
+def test_a_dry_run_tells_the_steps_that_it_would_take(small_llama, lines, capsys):
+    from shoal.cli.distil import run
+
+    assert run("nobody", str(small_llama), lines(*TALKS), ["batch=2", "micro_batch=1"], dry_run=True, epochs=4.0) == 0
+    assert "steps=6\n" in capsys.readouterr().out  # four times three rows, two a step
 
 
 def test_the_largest_seed_is_a_seed(small_llama, lines, tmp_path, teacher):

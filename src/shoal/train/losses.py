@@ -150,7 +150,8 @@ def balance_loss(routing: Routing, moe: MoEConfig, num_rows: int) -> Tensor:
     """Sequence-wise balance of one layer (DeepSeek-V3 §2.1.2, eq. 17-20), averaged over the rows of the batch.
 
     Σ_i f_i P_i for every row, where f_i = E / (K T) · (tokens that picked expert i) has no gradient and P_i is the mean
-    over the row of the scores divided by their sum. 1 when even, E / K when all tokens pick the same experts.
+    over the row of the scores divided by their sum. 1 when even, E / K when all tokens pick the same experts. Counted
+    are the picks as they were made, the router's bias included; the paper's eq. 18 counts the K largest scores without.
     """
     experts, picked = moe.n_routed_experts, moe.num_experts_per_tok
     scores_BTE = routing.scores_TE.view(num_rows, -1, experts)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,11 @@ class DistilRecipe(TuneRecipe):
     divergence is the whole loss: `losses.*` has no meaning there."""
 
     distil: DistilSettings = field(default_factory=DistilSettings)
+
+
+def with_teacher(recipe: TuneRecipe, settings: DistilSettings) -> DistilRecipe:
+    """A tuning recipe with a teacher beside it."""
+    return DistilRecipe(**{one.name: getattr(recipe, one.name) for one in fields(recipe)}, distil=settings)
 
 
 def distil(recipe: DistilRecipe, out: Path, data: Data, teacher: LLM, observer: Observer) -> Outcome:

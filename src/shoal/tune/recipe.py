@@ -27,7 +27,8 @@ class TuneSettings:
     probe_rows: packed rows that the placement looks at.
     probes: the highest rank that it gives.
     expert_share: share of a layer's gate weight whose experts may get adapters.
-    patience: validations without improvement that end the run (0: never); the best weights are kept.
+    patience: validations without improvement that end the run (0: never).
+    keep_best: keep the weights of the best validation in every checkpoint, and write those at the end, not the last.
     """
 
     model: str

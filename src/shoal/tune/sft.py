@@ -34,7 +34,7 @@ from shoal.train.batches import Batch, Batches, permute
 from shoal.train.checkpoint import Saved, State, steps_in
 from shoal.train.evaluate import NEXT_ONLY
 from shoal.train.log import Record
-from shoal.train.loop import ADAPTER, CHECKPOINTS, MODEL, Observer, Outcome, Run, claim, held_bytes
+from shoal.train.loop import ADAPTER, CHECKPOINTS, MODEL, Observer, Outcome, Run, claim, file_digest, held_bytes
 from shoal.train.losses import language_loss
 from shoal.train.network import recompute_layers
 from shoal.train.optim import OptimiserSettings
@@ -104,17 +104,14 @@ class Data:
             empty = where if len(self.rows) else tune.data
             raise ConfigError("sequence_length", f"{recipe.sequence_length} leaves no answer in {empty}")
         self.held_out = kept if len(kept) else None
-        self.digest = hashlib.sha256(b"".join(file_digest(Path(p)) for p in (tune.data, where))).hexdigest()
+        digests = (bytes.fromhex(file_digest(Path(path))) for path in (tune.data, where))
+        self.digest = hashlib.sha256(b"".join(digests)).hexdigest()
 
     def _rows(self, examples: list[Example], where: str, length: int) -> tuple[Rows, Report]:
         sequences, report = encode_examples(
             examples, self.tokenizer, self.chat, where=where, max_tokens=length, ends=self.ends
         )
         return pack(sequences, length, pad=self.tokenizer.pad_token_id or 0), report
-
-
-def file_digest(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
