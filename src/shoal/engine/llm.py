@@ -209,7 +209,8 @@ class LLM:
         adapter: str | None = None,
     ) -> Generator[Chunk, None, None]:
         """As `chat`, piece by piece."""
-        return self.stream(self.encode_chat(messages, tools=tools, options=options), params, adapter=adapter)
+        ids = self.encode_chat(messages, tools=tools, options=options)
+        return self.prepare(ids, params, adapter=adapter, continuing=False).chunks()
 
     # ---- many requests from one thread, as a server runs them: prepare, start, step, take what is ready
 
@@ -221,6 +222,7 @@ class LLM:
         score: bool = False,
         generate: bool = True,
         adapter: str | None = None,
+        continuing: bool = True,
     ) -> Generation:
         """A checked request that has not started.
 
@@ -229,9 +231,11 @@ class LLM:
                 the likeliest each.
             generate: False ends after the prompt.
             adapter: the name of a loaded one.
+            continuing: the answer goes on from the prompt's text; False: it is a text of its own, as in a chat, and a
+                first space that SentencePiece vocabularies put before it is left out.
         """
         sequence = self._sequence(prompt, params or SamplingParams(), generate=generate, adapter=adapter)
-        return Generation(self._core, self.tokenizer, sequence, score=score)
+        return Generation(self._core, self.tokenizer, sequence, score=score, continuing=continuing)
 
     def step(self) -> bool:
         """Advance every started generation, those of `beside` too, by one step: a token each, or a piece of their

@@ -80,7 +80,7 @@ def create_app(service: Service, policy: Policy | None = None) -> Starlette:
         ],
         middleware=_middleware(policy),
         exception_handlers={
-            **dict.fromkeys((HTTPException, ApiError, ShoalError, MemoryError), handle_error),
+            **dict.fromkeys((HTTPException, ApiError, ShoalError, RecursionError, MemoryError), handle_error),
             Exception: handle_crash,
         },
         lifespan=lifespan,
@@ -97,7 +97,7 @@ def _middleware(policy: Policy) -> list[Middleware]:
         out.append(
             Middleware(
                 CORSMiddleware, allow_origins=sorted(policy.origins), allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type", "x-request-id"],
+                allow_headers=["*"],  # OpenAI's client adds a dozen of its own
                 expose_headers=["x-request-id", "retry-after"],
             )
         )  # fmt: skip
