@@ -166,6 +166,8 @@ def test_an_unknown_recipe_gets_a_hint(tmp_path, monkeypatch):
         ("def recipe(): return 3", r"must define recipe\(\) and return"),
         ("def recipe(:", "cannot be run: "),
         ("import no_such_module", "cannot be run: No module named 'no_such_module'"),
+        ("def recipe(): return undefined", "cannot be run: NameError: name 'undefined' is not defined"),
+        (MINIMAL.replace("steps=", "stepz="), "cannot be run: TypeError: .* unexpected keyword argument 'stepz'"),
     ],
 )
 def test_a_file_that_is_no_recipe_says_why(tmp_path, text, problem):

@@ -274,6 +274,9 @@ def test_what_cannot_be_tuned_says_why(small_llama, lines, tmp_path, monkeypatch
         recipe_for(small_llama, long)
     with pytest.raises(ConfigError, match=r"sequence_length: 64 leaves no answer in .*long\.jsonl"):
         recipe_for(small_llama, data, validation_file=str(long))
+    recipe, found = recipe_for(small_llama, data)
+    with pytest.raises(ConfigError, match=r"model: is not that of .*, whose settings tuning cannot change"):
+        tune(replace(recipe, model=replace(recipe.model, rms_norm_eps=1e-3)), tmp_path / "run", found, Quiet())
     with monkeypatch.context() as little:
         little.setattr("shoal.train.process.available_bytes", lambda: 1_600_000)
         with pytest.raises(ConfigError, match=r"model: takes at least 0\.01 GB of memory to train"):

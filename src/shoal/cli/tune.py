@@ -45,8 +45,8 @@ def run(
     A line is a conversation ("messages"), a "prompt" and its "completion", an Alpaca or a ShareGPT record; only the
     answers are learnt. Adapters go where the data's routing and gradient say, --budget parameters at most, and are
     written to DIR/adapter as a PEFT folder, which Hugging Face PEFT loads and `shoal chat`, `serve` and `convert` take
-    with --adapter (serve: NAME=DIR); --full writes a whole model to DIR/model. Every 20th example is held out, and the
-    best weights are kept.
+    with --adapter (serve: NAME=DIR); --full writes a whole model to DIR/model. One example in twenty is held out, and
+    the best weights are kept.
 
     Ctrl-C and SIGTERM save and end; so does touching DIR/STOP; DIR/SAVE saves.
 

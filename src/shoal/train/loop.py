@@ -191,7 +191,11 @@ class Run:
                     self.save()
                 if stop and self.step < until and not self.finished():
                     return Outcome(self.step, record, signal, None)
-        return Outcome(self.step, record, signal, self._export())
+        try:
+            return Outcome(self.step, record, signal, self._export())
+        except (FileError, OSError) as error:
+            problem = checkpoint.problem_of(error, self.out)
+            raise RunError(f"step {self.step} is saved, but not its model: {problem}") from error
 
     def finished(self) -> bool:
         """Whether the run ends before its last step, for reasons of its own."""

@@ -172,6 +172,8 @@ class TuneRun(Run):
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.waited = math.inf, 0
         self.source = open_checkpoint(hub.resolve(recipe.tune.model))
+        if self.source.config != recipe.model:
+            raise ConfigError("model", f"is not that of {recipe.tune.model}, whose settings tuning cannot change")
         self.process.require_memory(held_bytes(recipe) if recipe.tune.method == "full" else base_bytes(recipe))
         model = self._model()
         if recipe.activation_checkpointing:
