@@ -135,7 +135,15 @@ void lora_expand(const Dense<const float, 2>& low, const Strided<const uint16_t>
                              size_at(y, 1), y.data(), y.stride(0));
 }
 
-// T is float, or uint16_t for bf16. queries: f32 [K, 16], or bf16 [K / 2, 16, 2] as [K / 2, 32].
+void narrow_rows(const Strided<const float>& x, float scale, const Strided<uint16_t>& y) {
+    require_rows(x);
+    require_rows(y);
+    require(x.shape(0) == y.shape(0) && x.shape(1) == y.shape(1), "x and y differ in shape");
+    nb::gil_scoped_release unlocked;
+    shoal::ops().narrow_rows(x.data(), x.stride(0), scale, y.data(), y.stride(0), size_at(x, 0), size_at(x, 1));
+}
+
+// T is float, or uint16_t for bf16. queries: f32 [K, 16], or bf16 [K / 2, 16, 2] or [K / 4, 8, 4], 32 numbers to a row.
 template <class T>
 void attend(const Dense<const T, 2>& queries, const Strided<const T>& keys, const Strided<const T>& values,
             const Dense<const int32_t, 1>& last_key, int64_t first_key, const Dense<float, 1>& top,
@@ -145,7 +153,8 @@ void attend(const Dense<const T, 2>& queries, const Strided<const T>& keys, cons
     require_rows(values);
     const int64_t key_width = size_at(keys, 1), num_keys = size_at(keys, 0), num_queries = size_at(out, 0);
     require(!bf16 || key_width % 2 == 0, "bf16 keys must have an even width");
-    require(size_at(queries, 0) * size_at(queries, 1) == key_width * 16 && queries.shape(1) == (bf16 ? 32 : 16),
+    const int lanes = shoal::query_lanes(bf16, num_queries, key_width);
+    require(size_at(queries, 0) * size_at(queries, 1) == key_width * lanes && queries.shape(1) == (bf16 ? 32 : 16),
             "queries do not fit the keys");
     require(num_keys <= 64 && size_at(values, 0) == num_keys, "at most 64 keys, and as many values");
     require(num_queries <= 16 && out.shape(1) == values.shape(1), "out must be [at most 16 queries, value width]");
@@ -153,6 +162,7 @@ void attend(const Dense<const T, 2>& queries, const Strided<const T>& keys, cons
     const shoal::AttendRun run{bf16,
                                queries.data(),
                                static_cast<int>(num_queries),
+                               lanes,
                                keys.data(),
                                values.data(),
                                keys.stride(0),
@@ -183,6 +193,7 @@ void shoal_bind_packed(nb::module_& m) {
           "add_to"_a = false);
     m.def("lora_shrink", &lora_shrink, "x"_a.noconvert(), "a"_a.noconvert(), "scale"_a, "low"_a.noconvert());
     m.def("lora_expand", &lora_expand, "low"_a.noconvert(), "b"_a.noconvert(), "y"_a.noconvert());
+    m.def("narrow_rows", &narrow_rows, "x"_a.noconvert(), "scale"_a, "y"_a.noconvert());
     m.def("widen_rows", &widen_rows, "x"_a.noconvert(), "scales_at"_a, "y"_a.noconvert());
     bind_attend<float>(m, "attend_f32");
     bind_attend<uint16_t>(m, "attend_bf16");

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "shoal"
 FLOORS = [
     ["errors"],
     ["config", "settings"],
-    ["positions"],
+    ["positions", "machine"],
     ["formats"],
     ["kernels"],
     ["model"],

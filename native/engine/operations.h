@@ -223,8 +223,11 @@ constexpr long kChunkPages = 4;
 constexpr long kChunk = kChunkPages * kPageTokens;
 constexpr long kLaneState = 32;  // top and total of 16 lanes, in front of the rows
 void clear_state(float* state, long lanes, long width);
-// Queries [16, width] side by side for every element (f32), or for every pair of them (bf16).
-void pack_lanes(const float* rows, long width, bool bf16, void* packed);
+// Rows times a number as the cache holds them, in bf16 or f32.
+void store_rows(const Worker& worker, bool bf16, const float* rows, long stride, float factor, void* out,
+                long out_stride, long count, long width);
+// One such row as a lane of the queries that `attend` takes.
+void pack_lane(const void* line, long width, bool bf16, long lane, long lanes, void* packed);
 
 // logits = norm(x[output rows]) W^T.
 struct Head final : Operation {

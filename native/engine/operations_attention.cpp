@@ -51,20 +51,27 @@ void clear_state(float* state, long lanes, long width) {
     std::fill(state + 16, state + kLaneState + lanes * width, 0.0f);
 }
 
-void pack_lanes(const float* rows, long width, bool bf16, void* packed) {
-    if (!bf16) {
-        auto* out = static_cast<float*>(packed);
-        for (long k = 0; k < width; ++k)
-            for (long lane = 0; lane < 16; ++lane) out[k * 16 + lane] = rows[lane * width + k];
-        return;
-    }
-    auto* pairs = static_cast<uint32_t*>(packed);
-    for (long k = 0; k < width / 2; ++k) {
-        for (long lane = 0; lane < 16; ++lane) {
-            const float* line = rows + lane * width + 2 * k;
-            pairs[k * 16 + lane] = uint32_t(float_to_bf16(line[0])) | uint32_t(float_to_bf16(line[1])) << 16;
-        }
-    }
+void store_rows(const Worker& worker, bool bf16, const float* rows, long stride, float factor, void* out,
+                long out_stride, long count, long width) {
+    if (bf16)
+        return worker.ops.narrow_rows(rows, stride, factor, static_cast<uint16_t*>(out), out_stride, count, width);
+    for (long row = 0; row < count; ++row)
+        for (long i = 0; i < width; ++i)
+            static_cast<float*>(out)[row * out_stride + i] = rows[row * stride + i] * factor;
+}
+
+namespace {
+
+template <class Unit>
+void spread(const Unit* line, long count, long lane, long lanes, void* packed) {
+    for (long k = 0; k < count; ++k) static_cast<Unit*>(packed)[k * lanes + lane] = line[k];
+}
+
+}  // namespace
+
+void pack_lane(const void* line, long width, bool bf16, long lane, long lanes, void* packed) {
+    if (lanes == 8) return spread(static_cast<const uint64_t*>(line), width / 4, lane, lanes, packed);
+    spread(static_cast<const uint32_t*>(line), bf16 ? width / 2 : width, lane, lanes, packed);
 }
 
 void CacheMla::run(const Worker& worker) {
@@ -144,22 +151,20 @@ void Attention::load_queries(const Worker& worker, const Block& block, void* pac
     const float* r = rotary < 0 ? nullptr : worker.engine.buffer(rotary, step.tokens);
     const long q_stride = worker.engine.buffer_cols(query), r_stride = r ? worker.engine.buffer_cols(rotary) : 0;
     const bool bf16 = worker.engine.cache_type() != CacheType::f32;
-    float* rows = worker.engine.scratch(worker.member, 4).array<float>(key_width * 16);
-    if (block.lanes < 16) std::fill(rows, rows + key_width * 16, 0.0f);
-    for (long lane = 0; lane < 16; ++lane) {
-        last_key[lane] = -1;
-        if (lane >= block.lanes) continue;
+    const long lanes = query_lanes(bf16, block.lanes, key_width), size = bf16 ? 2 : 4;
+    uint8_t* line = worker.engine.scratch(worker.member, 4).bytes(key_width * size);
+    if (block.lanes < lanes) std::memset(packed, 0, key_width * lanes * size);
+    std::fill(last_key + block.lanes, last_key + 16, -1);
+    for (long lane = 0; lane < block.lanes; ++lane) {
         const long flat = block.first_lane + lane;
         const long row = step.first_row[block.sequence] + flat / group, head = block.kv_head * group + flat % group;
         last_key[lane] = step.position[row];
-        const float* own = q + row * q_stride + head * query_step;
-        float* line = rows + lane * key_width;
-        for (long k = 0; k < own_width; ++k) line[k] = own[k] * scale;
-        if (!r) continue;
-        const float* rest = r + row * r_stride + rotary_first + head * rotary_step;
-        for (long k = own_width; k < key_width; ++k) line[k] = rest[k - own_width] * scale;
+        store_rows(worker, bf16, q + row * q_stride + head * query_step, 0, scale, line, 0, 1, own_width);
+        if (r)
+            store_rows(worker, bf16, r + row * r_stride + rotary_first + head * rotary_step, 0, scale,
+                       line + own_width * size, 0, 1, key_width - own_width);
+        pack_lane(line, key_width, bf16, lane, lanes, packed);
     }
-    pack_lanes(rows, key_width, bf16, packed);
 }
 
 void Attention::attend_chunk(const Worker& worker, const Block& block, const void* queries, const int32_t* last_key,
@@ -185,6 +190,7 @@ void Attention::attend_chunk(const Worker& worker, const Block& block, const voi
         const AttendRun run{type != CacheType::f32,
                             queries,
                             int(block.lanes),
+                            query_lanes(type != CacheType::f32, block.lanes, key_width),
                             k,
                             v,
                             key_width,

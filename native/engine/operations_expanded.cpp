@@ -14,16 +14,6 @@ namespace {
 
 constexpr int kLatentStage = 3, kHeadStage = 4;  // behind those of the absorbed form
 
-// Values as the cache keeps them: f32, or bf16.
-void store_values(bool bf16, uint8_t* at, const float* values, long count) {
-    if (!bf16) {
-        std::memcpy(at, values, count * sizeof(float));
-        return;
-    }
-    auto* out = reinterpret_cast<uint16_t*>(at);
-    for (long i = 0; i < count; ++i) out[i] = float_to_bf16(values[i]);
-}
-
 }  // namespace
 
 void Attention::reserve_expanded(const Step& step) {
@@ -79,13 +69,11 @@ void Attention::expand_page(const Worker& worker, long head, long at, long count
             e.memory->latents.reserve(e.first_page.back() * kPageTokens, e.latent(), e.wide).from_row(at, e.latent());
     float* product = worker.engine.scratch(worker.member, 0).array<float>(kPageTokens * std::max(nope, values));
     multiply(worker.ops, to_key, x, 0, to_key.tiles(), product, nope, false);
-    for (long t = 0; t < count; ++t) {
-        store_values(bf16, keys_out + t * width * size, product + t * nope, nope);
-        const float* rotary_key = rows + (t + 1) * e.row_width() - e.rope;
-        store_values(bf16, keys_out + (t * width + nope) * size, rotary_key, e.rope);
-    }
+    store_rows(worker, bf16, product, nope, 1.0f, keys_out, width, count, nope);
+    const float* rotary_keys = rows + e.row_width() - e.rope;
+    store_rows(worker, bf16, rotary_keys, e.row_width(), 1.0f, keys_out + nope * size, width, count, e.rope);
     multiply(worker.ops, to_value, x, 0, to_value.tiles(), product, values, false);
-    store_values(bf16, values_out, product, count * values);
+    store_rows(worker, bf16, product, values, 1.0f, values_out, values, count, values);
 }
 
 void Attention::attend_expanded(const Worker& worker, long index, long head) const {
@@ -99,16 +87,13 @@ void Attention::attend_expanded(const Worker& worker, long index, long head) con
     const float* q = worker.engine.buffer(rotary, step.tokens) + first_row * heads_width + head * width;
     uint8_t* queries = worker.engine.scratch(worker.member, 2).bytes(blocks * 16 * width * size);
     float* states = worker.engine.scratch(worker.member, 3).array<float>(blocks * state);
-    float* lanes = worker.engine.scratch(worker.member, 4).array<float>(16 * width);
-    for (long b = 0; b < blocks; ++b) {
-        for (long lane = 0; lane < 16; ++lane)
-            for (long k = 0; k < width; ++k) {
-                const long row = b * 16 + lane;
-                lanes[lane * width + k] = row < rows ? q[row * heads_width + k] * scale : 0.0f;
-            }
-        pack_lanes(lanes, width, bf16, queries + b * 16 * width * size);
-        clear_state(states + b * state, 16, values);
+    uint8_t* line = worker.engine.scratch(worker.member, 4).bytes(width * size);
+    if (rows % 16 != 0) std::memset(queries + rows / 16 * 16 * width * size, 0, 16 * width * size);
+    for (long row = 0; row < rows; ++row) {
+        store_rows(worker, bf16, q + row * heads_width, 0, scale, line, 0, 1, width);
+        pack_lane(line, width, bf16, row % 16, 16, queries + row / 16 * 16 * width * size);
     }
+    for (long b = 0; b < blocks; ++b) clear_state(states + b * state, 16, values);
     uint8_t* page_keys = worker.engine.scratch(worker.member, 5).bytes(kPageTokens * width * size);
     uint8_t* page_values = worker.engine.scratch(worker.member, 6).bytes(kPageTokens * values * size);
     for (long page = 0; page < e.first_page[index + 1] - e.first_page[index]; ++page) {
@@ -118,9 +103,19 @@ void Attention::attend_expanded(const Worker& worker, long index, long head) con
             const long used = std::min(16L, rows - b * 16), seen = start + b * 16 + used - first_key;
             int32_t last_key[16];
             for (long lane = 0; lane < 16; ++lane) last_key[lane] = lane < used ? int32_t(start + b * 16 + lane) : -1;
-            const AttendRun run{
-                bf16,   queries + b * 16 * width * size, int(used), page_keys, page_values, width, values, width,
-                values, std::min(count, seen),           first_key, last_key};
+            const AttendRun run{bf16,
+                                queries + b * 16 * width * size,
+                                int(used),
+                                16,
+                                page_keys,
+                                page_values,
+                                width,
+                                values,
+                                width,
+                                values,
+                                std::min(count, seen),
+                                first_key,
+                                last_key};
             float* own = states + b * state;
             worker.ops.attend(&run, own, own + 16, own + kLaneState);
         }

@@ -96,6 +96,7 @@ template <class Add>
 void FeedForward::hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x,
                                long first, long last, float* out, long stride, Add add) const {
     float* up_rows = worker.engine.scratch(worker.member, 4).array<float>(x.tokens * stride);
+    expect(u, first);
     multiply(worker.ops, g, x, first, last, out, stride, false);
     multiply(worker.ops, u, x, first, last, up_rows, stride, false);
     const long from = first * kTileRows, cols = std::min(last * kTileRows, g.rows) - from;
@@ -108,6 +109,7 @@ void FeedForward::down_tiles(const Worker& worker, const Slots* s, long first, l
     const long stride = worker.engine.buffer_cols(input.buffer);
     const long from = first * kTileRows, to = std::min(last * kTileRows, stride), cols = to - from;
     const Adapted &of_dense = adapted_dense.down, &of_experts = adapted_experts.down;
+    if (s) expect(expert_of(expert_down, s->used[0]), first);
     if (has_dense) multiply(worker.ops, down, dense, first, last, x, stride, true);
     if (low) {
         if (of_dense.any()) expand(worker, of_dense, low, of_dense.width(), from, to, x, stride);
@@ -118,8 +120,9 @@ void FeedForward::down_tiles(const Worker& worker, const Slots* s, long first, l
     long most = 0;
     for (const long e : s->used) most = std::max(most, s->count(e));
     float* product = worker.engine.scratch(worker.member, 5).array<float>(most * cols);
-    for (const long e : s->used) {
-        const long count = s->count(e);
+    for (size_t index = 0; index < s->used.size(); ++index) {
+        const long e = s->used[index], count = s->count(e);
+        if (index + 1 < s->used.size()) expect(expert_of(expert_down, s->used[index + 1]), first);
         const float* rows = hidden.array<float>(0) + s->offset[e] * width;
         const Prepared h{rows, width, routed.from_row(s->quant_row[e], width), lanes_for(count), count, width};
         multiply(worker.ops, expert_of(expert_down, e), h, first, last, product - from, cols, false);
@@ -210,8 +213,8 @@ void FeedForward::run(const Worker& worker) {
     const float* low = shrink_hidden(worker, s);
     const long tiles = (cols + kTileRows - 1) / kTileRows;
     float* out = worker.engine.buffer(input.buffer, tokens);
-    while (worker.next(7, tiles, std::min(worker.grain(tiles), kMaxExpertTiles), first, last))
-        down_tiles(worker, s, first, last, out, dense, routed, low);
+    const long grain = std::clamp(tiles / (2 * worker.engine.threads()), 1L, kMaxExpertTiles);
+    while (worker.next(7, tiles, grain, first, last)) down_tiles(worker, s, first, last, out, dense, routed, low);
 }
 
 // Every member sorts the slots for itself, and chooses for itself if the tokens are few: it takes less than to wait.
@@ -310,9 +313,11 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
     const long pieces = (expert_gate.tiles() + kHiddenTiles - 1) / kHiddenTiles;
     const long grain = one ? 1 : std::min(pieces, kMaxExpertTiles / kHiddenTiles);
     while (worker.next(4, count_used * pieces, grain, first, last)) {
-        for (long piece = first; piece < last; ++piece) {
+        for (long piece = first, end; piece < last; piece = end) {  // those of one expert together
+            end = std::min(last, piece / pieces * pieces + pieces);
             const long e = s.used[piece / pieces], tile = piece % pieces * kHiddenTiles, count = s.count(e);
             Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
+            expect(expert_of(expert_gate, e), tile);
             if (!one && quantised) {
                 if (gathered != e) in = gather_expert(worker, s, e, x.quant, cols);
                 gathered = e;
@@ -333,8 +338,9 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
                 expand_slots(worker, s, u, e, low + g.width(), stride, from, to, up_rows, width);
             };
             hidden_chunk(worker, expert_of(expert_gate, e), expert_of(expert_up, e), part, tile,
-                         std::min(tile + kHiddenTiles, expert_gate.tiles()), rows + s.offset[e] * width, width, add);
-            if (!own_out && pieces_done[e].fetch_add(1, std::memory_order_acq_rel) + 1 == pieces)
+                         std::min(tile + (end - piece) * kHiddenTiles, expert_gate.tiles()), rows + s.offset[e] * width,
+                         width, add);
+            if (!own_out && pieces_done[e].fetch_add(end - piece, std::memory_order_acq_rel) + end - piece == pieces)
                 quantise_expert(worker, s, e, out, rows, width);
         }
     }

@@ -6,6 +6,11 @@
 #include "engine/pack.h"
 
 namespace shoal {
+namespace {
+
+constexpr size_t kNearBytes = size_t{1} << 17;
+
+}  // namespace
 
 void Embed::run(const Worker& worker) {
     float* x = worker.engine.buffer(out, worker.step.tokens);
@@ -147,8 +152,11 @@ void Head::run(const Worker& worker) {
     if (weight.quantised())
         prepared.quant = quantise_rows(worker, worker.engine.quant(worker.member), picked, cols, rows, cols,
                                        prepared.lanes, input.wide);
+    // Many rows pass over a piece several times: it stays in the second cache.
+    const long fitting = std::max(1L, long(kNearBytes / weight.tile_bytes()));
+    const long grain = std::min(worker.grain(weight.tiles()), rows > kPrivateTokens ? fitting : weight.tiles());
     long first, last;
-    while (worker.next(0, weight.tiles(), worker.grain(weight.tiles()), first, last))
+    while (worker.next(0, weight.tiles(), grain, first, last))
         multiply(worker.ops, weight, prepared, first, last, worker.step.logits, weight.rows, false);
 }
 

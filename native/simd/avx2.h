@@ -149,6 +149,23 @@ SHOAL_INLINE Pairs load_pairs(const uint16_t* p) {
     const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), _mm256_castsi256_ps(odd)};
 }
+SHOAL_INLINE F32 dot_quad(F32 acc, const Pairs& w, const uint16_t* x4, int) {
+    int64_t four;
+    __builtin_memcpy(&four, x4, 8);
+    const __m256i all = _mm256_set1_epi64x(four);
+    const __m256i odd = _mm256_and_si256(all, _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
+    acc = fma(w.even, _mm256_castsi256_ps(_mm256_slli_epi32(all, 16)), acc);
+    return fma(w.odd, _mm256_castsi256_ps(odd), acc);
+}
+constexpr int kZipped = 1;
+SHOAL_INLINE void zip_wide(const uint16_t* a, const uint16_t* b, Pairs (&out)[kZipped]) {
+    out[0] = zip_rows(a, b, kLanes);
+}
+SHOAL_INLINE void store_zipped(uint16_t* p, F32 even, F32 odd) {
+    const __m128i low = narrow_bf16(even), high = narrow_bf16(odd);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi16(low, high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + kLanes), _mm_unpackhi_epi16(low, high));
+}
 
 }  // namespace
 }  // namespace shoal::avx2

@@ -74,7 +74,7 @@ SHOAL_INLINE int32_t isum(I32 v) { return _mm512_reduce_add_epi32(v); }
 SHOAL_INLINE F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }
 
 constexpr int kMaxTokenBlocks = 3;
-constexpr int kQueryBlock = 16;
+constexpr int kQueryBlock = 8;
 constexpr int kPrefetchBytes = 4096;
 constexpr int32_t kStoredOffset = 128;  // VPDPBUSD takes the stored bytes as they are
 
@@ -110,6 +110,25 @@ SHOAL_INLINE F32 dot_pair(F32 acc, Pairs w, const uint16_t* pair) {
     int32_t two;
     __builtin_memcpy(&two, pair, 4);
     return _mm512_dpbf16_ps(acc, w, reinterpret_cast<Pairs>(_mm512_set1_epi32(two)));
+}
+SHOAL_INLINE F32 dot_quad(F32 acc, Pairs w, const uint16_t* x4, int) {
+    int64_t four;
+    __builtin_memcpy(&four, x4, 8);
+    return _mm512_dpbf16_ps(acc, w, reinterpret_cast<Pairs>(_mm512_set1_epi64(four)));
+}
+constexpr int kZipped = 2;
+SHOAL_INLINE void zip_wide(const uint16_t* a, const uint16_t* b, Pairs (&out)[kZipped]) {
+    const __m512i step = _mm512_set1_epi32(0x00010001);
+    __m512i at = _mm512_set_epi32(0x2F000F, 0x2E000E, 0x2D000D, 0x2C000C, 0x2B000B, 0x2A000A, 0x290009, 0x280008,
+                                  0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
+    const __m512i low = _mm512_loadu_si512(a), high = _mm512_loadu_si512(b);
+    out[0] = reinterpret_cast<Pairs>(_mm512_permutex2var_epi16(low, at, high));
+    at = _mm512_add_epi16(at, _mm512_slli_epi16(step, 4));
+    out[1] = reinterpret_cast<Pairs>(_mm512_permutex2var_epi16(low, at, high));
+}
+SHOAL_INLINE void store_zipped(uint16_t* p, F32 even, F32 odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(even)), high = _mm512_cvtepu16_epi32(narrow_bf16(odd));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
 }  // namespace

@@ -126,6 +126,18 @@ SHOAL_INLINE Pairs load_pairs(const uint16_t* p) {
     const uint16x4x2_t both = vld2_u16(p);
     return {widen_bf16(both.val[0]), widen_bf16(both.val[1])};
 }
+SHOAL_INLINE F32 dot_quad(F32 acc, const Pairs& w, const uint16_t* x4, int) {
+    const uint16x4_t four = vld1_u16(x4);
+    acc = fma(w.even, widen_bf16(vuzp1_u16(four, four)), acc);
+    return fma(w.odd, widen_bf16(vuzp2_u16(four, four)), acc);
+}
+constexpr int kZipped = 1;
+SHOAL_INLINE void zip_wide(const uint16_t* a, const uint16_t* b, Pairs (&out)[kZipped]) {
+    out[0] = zip_rows(a, b, kLanes);
+}
+SHOAL_INLINE void store_zipped(uint16_t* p, F32 even, F32 odd) {
+    vst2_u16(p, uint16x4x2_t{{narrow_bf16(even), narrow_bf16(odd)}});
+}
 
 }  // namespace
 }  // namespace shoal::neon

@@ -242,6 +242,21 @@ bool check_widen_rows(const Ops& ops, const Ops& scalar) {
     return true;
 }
 
+bool check_narrow_rows(const Ops& ops, const Ops& scalar) {
+    Random random(5);
+    for (int64_t cols = 1; cols < 70; ++cols) {
+        const int64_t rows = 1 + cols % 3, stride = cols + cols % 5;
+        Array<float> x(rows * stride);
+        for (int64_t i = 0; i < x.size; ++i) x.data[i] = random.unit() * (i % 7 == 0 ? 1e-39f : 3e4f);
+        x.data[0] = cols % 4 == 0 ? __builtin_nanf("") : x.data[0];
+        Array<uint16_t> y(rows * cols), truth(rows * cols);
+        ops.narrow_rows(x.get(), stride, 0.37f, y.get(), cols, rows, cols);
+        scalar.narrow_rows(x.get(), stride, 0.37f, truth.get(), cols, rows, cols);
+        if (!y.same(truth)) return fail("narrow_rows", ops, rows, cols, stride);
+    }
+    return true;
+}
+
 struct Attended {
     explicit Attended(int64_t values) : top(16), total(16), out(values) {
         for (int lane = 0; lane < 16; ++lane) top.data[lane] = -1e30f;
@@ -270,8 +285,9 @@ bool check_run(const Ops& ops, const Ops& scalar, int queries, int keys, int key
         for (int lane = 0; lane < 16; ++lane) {
             last.data[lane] = lane < queries ? static_cast<int32_t>(random.below(64) + 64 * random.below(2)) : -1;
         }
-        const AttendRun run{sizeof(T) == 2,  q.get(),   queries,     k.get(), v.get(),    key_width + 1,
-                            value_width + 3, key_width, value_width, keys,    block * 64, last.get()};
+        const int lanes = query_lanes(sizeof(T) == 2, queries, key_width);
+        const AttendRun run{sizeof(T) == 2,  q.get(),   queries,     lanes, k.get(),    v.get(),   key_width + 1,
+                            value_width + 3, key_width, value_width, keys,  block * 64, last.get()};
         ops.attend(&run, ours.top.get(), ours.total.get(), ours.out.get());
         scalar.attend(&run, truth.top.get(), truth.total.get(), truth.out.get());
     }
@@ -297,13 +313,9 @@ bool check_attend(const Ops& ops, const Ops& scalar) {
 
 const std::vector<PackedCase>& packed_cases() {
     static const std::vector<PackedCase> cases = {
-        {"quantize_rows", check_quantize_rows},
-        {"matmul_q", check_matmul_q},
-        {"matmul_f", check_matmul_f},
-        {"lora_shrink", check_lora_shrink},
-        {"lora_expand", check_lora_expand},
-        {"widen_rows", check_widen_rows},
-        {"attend", check_attend},
+        {"quantize_rows", check_quantize_rows}, {"matmul_q", check_matmul_q},       {"matmul_f", check_matmul_f},
+        {"lora_shrink", check_lora_shrink},     {"lora_expand", check_lora_expand}, {"widen_rows", check_widen_rows},
+        {"narrow_rows", check_narrow_rows},     {"attend", check_attend},
     };
     return cases;
 }

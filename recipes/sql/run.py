@@ -27,7 +27,7 @@ from shoal.formats.atomic import atomic_file
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
 from shoal.formats.hf_save import save_folder
 from shoal.formats.layout import expected_tensors
-from shoal.tune.distil import DistilRecipe, DistilSettings, distil, open_teacher
+from shoal.tune.distil import DistilSettings, distil, open_teacher, with_teacher
 from shoal.tune.recipe import TuneSettings
 from shoal.tune.sft import Data, TuneRecipe, default_recipe, settle, tune
 
@@ -85,8 +85,7 @@ def learn(teacher: Path, out: Path, steps: int | None, epochs: float) -> Path:
     if not start.exists():
         save_folder(every_other_layer(open_checkpoint(teacher)), start)
     plain = recipe_for(str(start), out / "train.jsonl", 2e-4)
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    recipe = DistilRecipe(**fields, distil=DistilSettings(teacher=str(teacher), mode="logits"))
+    recipe = with_teacher(plain, DistilSettings(teacher=str(teacher), mode="logits"))
     data = Data(recipe, open_checkpoint(start))
     settled = settle(recipe, data, steps=steps, epochs=epochs)
     with Screen() as screen:

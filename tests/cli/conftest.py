@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,9 +41,11 @@ class ScriptedLLM:
         self.conversations.append([dict(message) for message in messages])
         return [1, 2, 3]
 
-    def stream(self, ids: list[int], params: SamplingParams) -> Generator[Chunk, None, None]:
+    def prepare(self, ids: list[int], params: SamplingParams, *, continuing: bool) -> SimpleNamespace:
+        assert not continuing, "an answer is a text of its own"
         self.params.append(params)
-        return self._run(self.replies.pop(0))
+        reply = self.replies.pop(0)
+        return SimpleNamespace(chunks=lambda: self._run(reply))
 
     def _run(self, reply: str) -> Generator[Chunk, None, None]:
         for count, char in enumerate(reply):

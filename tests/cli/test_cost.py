@@ -51,6 +51,12 @@ def test_a_recipe_and_its_run(capsys, tmp_path):
     assert facts["actual"]["tokens"] == 5 * 4096
     ratio = facts["actual"]["tok_s"] / facts["tokens_per_second"]
     assert facts["actual"]["utilisation"] == pytest.approx(facts["utilisation"] * ratio)
+    # These five steps are of the early phase, whose tokens cost less; a log that counts operations says so.
+    assert facts["actual"]["predicted_tok_s"] > 1.1 * facts["tokens_per_second"]
+    flops = 4096 * early["total_flops_per_token"]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({**record, "flops": flops}) + "\n" for record in records))
+    actual = json.loads(run(capsys, recipe, "--run", str(tmp_path), "--json")[1])["actual"]
+    assert actual["utilisation"] == pytest.approx(flops / 12.72 / (facts["machine"]["bf16_tflops"] * 1e12))
     wide = json.loads(run(capsys, recipe, f"steps={2 * STEPS}", "--json")[1])
     assert wide["flops"] == pytest.approx(2 * facts["flops"])
 

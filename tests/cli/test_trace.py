@@ -17,6 +17,8 @@ from tests.cli.conftest import Result
 from tests.server.test_end_to_end import Server
 from tests.trace.tiny import CONFIG, tiny_folder
 
+from shoal.cli.trace import read_prompts
+
 Shoal = Callable[..., Result]
 
 
@@ -87,6 +89,11 @@ def test_a_server_without_experts_has_nothing_to_record(tmp_path: Path) -> None:
     code, _, said = Server("--model", "smollm2-135m", "--trace-dir", str(tmp_path / "traces")).ended()
     assert code == 2
     assert "has no experts" in said
+
+
+def test_a_line_of_prompts_ends_at_its_newline_alone(tmp_path: Path) -> None:
+    path = prompts(tmp_path, '{"prompt": "one\u2028two"}\r\n\n"three\x85four"\n', "p.jsonl")
+    assert read_prompts(Path(path)) == ["one\u2028two", "three\x85four"]
 
 
 def test_what_can_be_asked_wrongly(shoal: Shoal, model: str, tmp_path: Path) -> None:

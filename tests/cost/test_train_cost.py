@@ -9,7 +9,7 @@ import pytest
 
 from shoal.config import GQAConfig, ModelConfig
 from shoal.cost.machines import find_machine, machines
-from shoal.cost.train_cost import Phase, parse_phase, phase_cost, read_actual
+from shoal.cost.train_cost import Phase, hours_for, parse_phase, phase_cost, read_actual
 from shoal.errors import ConfigError, FileError
 from shoal.formats.hf_config import read_config
 
@@ -98,6 +98,22 @@ def test_a_log_is_read_while_it_grows(tmp_path):
     actual = read_actual(log(tmp_path, *lines, '{"step": 4, "lo'), 100)
     assert (actual.steps, actual.tokens, actual.tok_s) == (3, 300.0, 50.0)
     assert (actual.seconds, actual.loss, actual.val_loss) == (13.0, 1.0, 3.5)
+    assert actual.flop_s is None
+    lines = [json.dumps({**record, "flops": 10 * record["step"]}) + "\n" for record in records]
+    assert read_actual(log(tmp_path, *lines), 100).flop_s == 10.0  # of 1, 10, 30
+
+
+def test_hours_so_far_are_those_of_the_phases_so_far():
+    machine = find_machine("h100")
+    config = read_config(V3).model
+    early, late = (
+        phase_cost(config, Phase(tokens=tokens, sequence_length=4096, mtp=mtp), machine)
+        for tokens, mtp in ((3e9, False), (1e9, True))
+    )
+    assert early.hours / 3 < 0.99 * late.hours
+    assert hours_for([early, late], 1.5e9) == pytest.approx(early.hours / 2)
+    assert hours_for([early, late], 3.5e9) == pytest.approx(early.hours + late.hours / 2)
+    assert hours_for([early, late], 6e9) == pytest.approx(early.hours + 3 * late.hours)
 
 
 @pytest.mark.parametrize("line", ["no json\n", '{"step": 1}\n', "[1]\n", '{"step": 1, "loss": 1, "tok_s": 0}\n'])

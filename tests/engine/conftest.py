@@ -58,8 +58,8 @@ class TinyTokenizer:
     def is_special(self, token: int) -> bool:
         return False
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self, skip_special=True, continuing=False)  # type: ignore[arg-type]
+    def stream(self, *, continuing: bool = False) -> StreamDecoder:
+        return StreamDecoder(self, skip_special=True, continuing=continuing)  # type: ignore[arg-type]
 
 
 def in_memory(config: ModelConfig, tensors: Mapping[str, NDArray[Any]], tokenizer: Any = None) -> Checkpoint:

@@ -12,7 +12,7 @@ import pytest
 from tests.engine.conftest import VOCABULARY, TinyTokenizer, assert_idle, open_tiny, set_steps, some_tokens
 
 from shoal import LLM
-from shoal.engine import Chunk, SamplingParams, TokenLogprob
+from shoal.engine import Chunk, SamplingParams, Stats, TokenLogprob
 from shoal.engine.sampler import likeliest
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import Checkpoint
@@ -56,6 +56,11 @@ def test_a_stream_is_the_whole_answer_in_pieces(llm: LLM) -> None:
     assert stats.prompt_seconds > 0 and stats.decode_seconds > 0
 
 
+def test_the_speed_of_a_prompt_counts_what_was_read(llm: LLM) -> None:
+    stats = Stats(prompt_tokens=100, cached_tokens=64, completion_tokens=2, prompt_seconds=0.5, decode_seconds=0.1)
+    assert stats.prompt_tok_s == 72
+
+
 def test_code_points_split_over_tokens_come_whole(llm: LLM) -> None:
     tokenizer = TinyTokenizer()
     chunks = list(llm.stream(PROMPT, WILD))
@@ -73,6 +78,25 @@ def test_code_points_split_over_tokens_come_whole(llm: LLM) -> None:
         parts.extend(token for chunk in answer for token in chunk.token_ids)
     decoder = tokenizer.stream()
     assert [decoder.push(token) for token in parts] == ["!", "", "", "€"]
+
+
+class Spaced(TinyTokenizer):
+    """Every token starts with a space, as a SentencePiece vocabulary's words do."""
+
+    strips_first_space = True
+
+    def token_bytes(self, token: int) -> bytes:
+        return b" " + super().token_bytes(token)
+
+
+def test_a_continuation_keeps_its_first_space_and_an_answer_has_none(
+    llama: tuple[Any, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = open_tiny(replace(llama[1], load_tokenizer=Spaced))
+    monkeypatch.setattr(llm, "encode_chat", lambda messages, **options: PROMPT)
+    text = llm.generate(PROMPT, GREEDY).text
+    assert text[0] == " " and text[1] != " "
+    assert llm.chat([{"role": "user", "content": "x"}], GREEDY).text == text[1:]
 
 
 def test_stop_strings_may_span_tokens_and_are_left_out(llm: LLM) -> None:

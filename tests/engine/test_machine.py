@@ -12,11 +12,11 @@ import pytest
 from tests.engine.conftest import open_tiny, tiny, with_prediction_layer
 from tests.model.test_parity import CASES
 
-from shoal.engine.machine import available_bytes, usable_cpus
 from shoal.engine.memory import cache_bytes, weight_bytes
 from shoal.engine.prefill import expands_from
 from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint
+from shoal.machine import available_bytes, usable_cpus
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

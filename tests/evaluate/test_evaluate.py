@@ -22,6 +22,7 @@ from shoal.errors import FileError, ShoalError, UnknownModelError  # noqa: E402
 from shoal.evaluate import evaluate  # noqa: E402
 from shoal.evaluate.report import ratio, wilson  # noqa: E402
 from shoal.evaluate.run import read_task, task_names  # noqa: E402
+from shoal.evaluate.scoring import query  # noqa: E402
 from shoal.formats.checkpoint import open_checkpoint  # noqa: E402
 from shoal.formats.hf_save import save_folder  # noqa: E402
 from shoal.model import as_checkpoint, random_model  # noqa: E402
@@ -109,6 +110,19 @@ def test_generations_are_those_of_the_transformers_backend(folder: Path, llm: LL
         EngineLM(llm).generate_until([Instance("generate_until", {}, ("One", {"frobnicate": 1}), 0)])
 
 
+def test_a_text_that_begins_with_the_begin_token_gets_no_second_one(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in lm-eval's own backend: a chat format has written it already."""
+    from shoal.evaluate.harness import EngineLM
+
+    model, bos = EngineLM(llm), llm.tokenizer.token_string(1)
+    monkeypatch.setattr(llm.tokenizer, "bos_token_id", 1)
+    monkeypatch.setattr(llm.tokenizer, "add_bos", True)
+    plain = model.tok_encode("user")
+    assert plain[0] == 1 and 1 not in plain[1:]
+    assert model.tok_encode(f"{bos}user") == plain
+    assert model.tok_encode(f"{bos}user", add_special_tokens=True) == [1, *plain]
+
+
 class Parrot:
     """A model in lm-eval's eyes that answers from a list."""
 
@@ -148,6 +162,13 @@ def test_queries_are_scored_by_running_them(llm: LLM, tmp_path: Path, monkeypatc
     assert (score.task, score.metric, score.value) == ("sql", "execution_accuracy", 0.5)
     task = read_task(f"sql:{tmp_path / 'q.jsonl'}")
     assert task["custom_dataset"]()["test"][0]["schema"] == "CREATE TABLE t (x integer);"
+    item = {"database": str(tmp_path / "a.db"), "sql": "select x from t"}
+    for answer in (
+        "selected from (select x selected from t)",
+        " select x from t",
+        "\nWITH a AS (SELECT 1) SELECT x FROM t",
+    ):
+        assert query(item, [answer]) == {"execution_accuracy": 1.0}, answer
 
 
 def test_a_users_own_yaml_task(llm: LLM, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def database(tmp_path: Path) -> Path:
     ("select 0.1 + 0.2", "select 0.3", True), ("select 1", "select '1'", False), ("select null", "select 0", False),
     ("select name from track union all select name from track", "select name from track", False),
     ("with a as (select max(price) p from track) select p from a", "select 2.0", True),
+    ("select 2.0", "select 2", True), ("select 2.0 order by 1", "select 2 order by 1", True),
     ("selec name from track", "select 1", False), ("", "select 1", False),
     ("select 1; drop table track", "select 1", False),
 ])  # fmt: skip

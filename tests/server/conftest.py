@@ -21,6 +21,7 @@ from shoal.engine.core import Load
 from shoal.engine.embedding import Embedding
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import GenerationDefaults
+from shoal.formats.tokenizer import StreamDecoder
 from shoal.server.app import Policy, create_app
 from shoal.server.run import bind, uvicorn_config
 from shoal.server.service import Service
@@ -55,6 +56,14 @@ class ByteTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
+
+    strips_first_space = False
+
+    def is_special(self, token: int) -> bool:
+        return token == 1
+
+    def stream(self, *, continuing: bool = False) -> StreamDecoder:
+        return StreamDecoder(self, skip_special=True, continuing=continuing)  # type: ignore[arg-type]
 
 
 class FakeConfig:
@@ -161,7 +170,7 @@ class FakeLLM:
 
     def prepare(
         self, ids: Sequence[int], params: SamplingParams, *, score: bool = False, generate: bool = True,
-        adapter: str | None = None,
+        adapter: str | None = None, continuing: bool = True,
     ) -> FakeGeneration:  # fmt: skip
         if len(ids) >= self.max_context:
             raise RequestError("prompt", f"holds {len(ids)} tokens, 100 fit", code="context_length_exceeded")

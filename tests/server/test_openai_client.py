@@ -174,6 +174,14 @@ def test_echo_scores_the_prompt(server: Running) -> None:
     assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
 
 
+def test_offsets_count_the_characters_of_the_text_and_none_of_tokens_that_it_leaves_out(server: Running) -> None:
+    body = {"prompt": [1, 97, 98], "echo": True, "logprobs": 0, "max_tokens": 1}  # 1 is a control token of the fake's
+    server.llm.tokenizer.decode = lambda ids: bytes(ids[1:]).decode()  # type: ignore[method-assign]
+    choice = server.http.post("/v1/completions", json=body).json()["choices"][0]
+    del server.llm.tokenizer.decode
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("abH", [0, 0, 1, 2])
+
+
 def test_echo_alone_generates_nothing(server: Running) -> None:
     answer = server.openai.completions.create(model="fake", prompt="ab", echo=True, max_tokens=0)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("ab", "length")

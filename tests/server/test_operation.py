@@ -25,6 +25,7 @@ from shoal.server.app import Policy, create_app
 from shoal.server.keys import Keys, read_keys
 from shoal.server.metrics import Histogram
 from shoal.server.page.routes import OPEN_PATHS
+from shoal.server.protocol_http import PatientProtocol
 from shoal.server.run import is_loopback
 from shoal.server.service import Service
 from shoal.server.worker import EngineWorker
@@ -49,10 +50,16 @@ def test_metrics_count_what_happened() -> None:
             assert server.http.post(CHAT, json={**ASK, "stream": stream}).status_code == 200
         server.http.post(CHAT, json={**ASK, "temperature": -1})
         server.http.post(CHAT, json={**ASK, "model": "other"})
+        server.http.post(CHAT, json=ASK, headers={"origin": "https://other.example"})
+        llm.before_token = lambda produced: 1 // 0
+        for stream in (False, True):
+            server.http.post(CHAT, json={**ASK, "stream": stream})
         found = samples(server)
     assert found["shoal_answers_total[stop]"] == 2
     assert found["shoal_requests_refused_total[invalid_value]"] == 1
     assert found["shoal_requests_refused_total[model_not_found]"] == 1
+    assert found["shoal_requests_refused_total[cross_origin]"] == 1
+    assert found["shoal_requests_refused_total[internal_error]"] == 2, "one whole, one in mid-stream"
     assert found["shoal_generation_tokens_total"] == 26
     assert found["shoal_prompt_tokens_total"] == found["shoal_prefix_cache_queries_total"] == 4
     assert found["shoal_prefix_cache_hits_total"] == 0
@@ -63,6 +70,13 @@ def test_metrics_count_what_happened() -> None:
     assert found["shoal_cache_usage_ratio"] == 0.25
     assert found["process_resident_memory_bytes"] > 1e6
     assert "shoal_cost_usd_total" in found
+
+
+def test_the_speed_of_an_answer_of_one_token_is_none() -> None:
+    with running(FakeLLM) as server:
+        for count, speed in ((1, 0.0), (3, 20.0)):  # the fake decodes for a tenth of a second
+            timings = server.http.post(CHAT, json={**ASK, "max_tokens": count}).json()["timings"]
+            assert (timings["predicted_n"], timings["predicted_per_second"]) == (count, speed)
 
 
 def test_a_bucket_holds_its_own_bound() -> None:
@@ -139,6 +153,23 @@ def test_idle_and_trickling_connections_are_closed(monkeypatch: pytest.MonkeyPat
         assert server.http.get("/health").status_code == 200
 
 
+def test_a_connection_that_is_kept_for_the_next_request_outlives_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    real = PatientProtocol._look_around
+    monkeypatch.setattr("shoal.server.protocol_http.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(PatientProtocol, "_look_around", lambda self: (looks.append(self), real(self))[1])
+    with running(FakeLLM) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as sock:
+            for _ in range(2):
+                sock.sendall(b"GET /version HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+                looks.clear()
+                wait_for(lambda: len(looks) > 4)
+            sock.sendall(b"GET /version HTTP/1.1\r\nX-Slow")  # a head that never ends does not, even there
+            assert sock.recv(100) == b""
+
+
 def test_heads_have_bounds() -> None:
     with running(FakeLLM) as server:
         host, port = server.url.removeprefix("http://").split(":")
@@ -195,7 +226,8 @@ def test_keys_come_from_files_and_bad_ones_are_refused(tmp_path: Path) -> None:
 
 def test_only_named_origins_may_ask_from_elsewhere() -> None:
     friend, stranger = "https://friend.example", "https://stranger.example"
-    asking = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    wanted = "authorization,content-type,x-stainless-arch,x-stainless-os"  # what OpenAI's client sends from a browser
+    asking = {"access-control-request-method": "POST", "access-control-request-headers": wanted}
     with app_with(Policy(origins=frozenset([friend]), keys=Keys(["first-key-1"]))) as client:
         allowed = client.options(CHAT, headers={"origin": friend, **asking})
         assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, friend)
@@ -274,3 +306,4 @@ def test_a_health_check_is_refused_while_stopping() -> None:
     with running(FakeLLM) as server:
         server.worker.stop()
         assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 503
+        assert not server.worker.metrics.refused, "nobody asked for an answer"

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tests.engine.conftest import V3, Checkpoint, open_tiny, tiny
-from tests.server.conftest import FakeLLM, Running, running
+from tests.server.conftest import FakeLLM, Running, running, wait_for
 
+from shoal.errors import RequestError
 from shoal.formats import tokenizer_json
 from shoal.formats.chat import chat_from_template
 from shoal.formats.chat_deepseek import deepseek_chat
 from shoal.formats.tokenizer import Tokenizer
 from shoal.formats.tokenizer_json import CHAR_TO_BYTE
+from shoal.server.grammar_check import GrammarChecker
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -209,8 +213,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
             "start: <[999999999]>",
             "%import /etc/passwd\nstart: A",
             "",
+            'root ::= "a',
         )
     ),
+    ("structured_outputs.grammar", {"structured_outputs": {"grammar": "root ::= ("}}),
     (
         "tools",
         {
@@ -232,6 +238,58 @@ def test_a_hostile_form_is_refused_by_name_and_disturbs_nobody(server: Running, 
     assert error["param"] == param
     assert len(error["message"]) < 500 and "\n" not in error["message"] and "/work" not in error["message"]
     assert server.http.get("/health").status_code == 200
+
+
+def test_grammars_that_take_long_to_try_hold_nobody_else_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, trying = threading.Event(), threading.Semaphore(0)
+
+    def problem(self: GrammarChecker, grammar: str) -> str:
+        trying.release()
+        gate.wait(20)
+        return "is tried"
+
+    monkeypatch.setattr(GrammarChecker, "problem", problem)
+    hostile = {"messages": HELLO, "response_format": {"type": "json_object"}}
+    with running(FakeLLM, max_queue=50) as server, ThreadPoolExecutor(60) as pool:
+        held = [pool.submit(server.http.post, CHAT, json=hostile) for _ in range(60)]
+        assert trying.acquire(timeout=10)
+        wait_for(lambda: any(answer.done() for answer in held))
+        refused = [answer.result() for answer in held if answer.done()]
+        assert {answer.status_code for answer in refused} == {429}
+        plain = {"messages": [{"role": "user", "content": "Hi " * 10}], "tool_choice": "none"}
+        assert server.http.post(CHAT, json=plain, timeout=10).status_code == 200
+        gate.set()
+        assert {answer.result().status_code for answer in held} == {400, 429}
+
+
+def test_a_form_nested_beyond_what_json_writers_follow_is_refused(server: Running) -> None:
+    for depth in (100, 250, 500):
+        schema = '{"properties": {"a": ' * depth + "{}" + "}}" * depth
+        tools = f'[{{"type": "function", "function": {{"name": "f", "parameters": {schema}}}}}]'
+        for form in (
+            f'"response_format": {{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}',
+            f'"tools": {tools}',
+            f'"tools": {tools}, "tool_choice": "required"',
+        ):
+            body = f'{{"messages": [{{"role": "user", "content": "x"}}], "max_tokens": 2, {form}}}'
+            answer = server.http.post(CHAT, content=body)
+            assert answer.status_code in (200, 400), (depth, form[:20], answer.text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_form_that_fails_in_mid_answer_is_named_too(path: str, stream: bool) -> None:
+    def fail(produced: int) -> None:
+        if produced == 3:
+            raise RequestError("grammar", "became too complex", code="invalid_grammar")
+
+    llm = FakeLLM()
+    llm.before_token = fail
+    with running(lambda: llm) as server:
+        body = {"messages": HELLO, "prompt": "Hi", "response_format": {"type": "json_object"}, "stream": stream}
+        text = server.http.post(path, json=body).text
+    error = json.loads(text.split("data: ")[-2] if stream else text)["error"]
+    assert (error["param"], error["message"]) == ("response_format", "response_format: became too complex")
 
 
 def test_a_huge_pattern_is_served_or_refused_but_never_waited_for(server: Running) -> None:
@@ -265,6 +323,7 @@ def test_gaps_go_to_the_model_that_fills_them(checkpoint: Checkpoint) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.beside = {"code": open_tiny(checkpoint)}
+            self.name = self.beside["code"].name  # two folders may be called the same
 
         def step(self) -> bool:
             return any([super().step(), *(llm.step() for llm in self.beside.values())])
@@ -280,4 +339,12 @@ def test_gaps_go_to_the_model_that_fills_them(checkpoint: Checkpoint) -> None:
         assert events.count('"model":"code"') >= 2
         refused = server.http.post(TEXT, json={**body, "suffix": "b", "model": "fake"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_parameter")
-        assert server.http.post(TEXT, json={**body, "model": "code"}).json()["model"] == "code"
+        assert server.llm.name not in refused.json()["error"]["message"], "a file's name is no client's business"
+        other = server.http.post(TEXT, json={**body, "model": "code"}).json()
+        assert other["model"] == "code"
+        assert other["system_fingerprint"] != server.http.post(TEXT, json=body).json()["system_fingerprint"]
+        vectors = [
+            server.http.post("/v1/embeddings", json={"model": name, "input": "a"}).json()["data"][0]["embedding"]
+            for name in names
+        ]
+        assert [len(vector) for vector in vectors] == [4, server.llm.beside["code"].config.hidden_size]

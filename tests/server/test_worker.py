@@ -48,6 +48,18 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(slow: tuple[Running, th
     assert server.http.post(CHAT, json=ASK).status_code == 200
 
 
+def test_a_request_that_was_late_before_it_ran_does_not_count_as_a_long_one() -> None:
+    llm = FakeLLM()
+    llm.before_token = lambda produced: time.sleep(0.02)
+    llm.reply = "x" * 50
+    with running(lambda: llm, parallel=1, max_queue=1) as server, ThreadPoolExecutor(3) as pool:
+        answer = pool.submit(server.http.post, CHAT, json=ASK)
+        wait_for(lambda: server.worker.num_running == 1)
+        assert server.http.post(CHAT, json={**ASK, "timeout": 0.05}).status_code == 408
+        assert int(server.worker.busy().headers["retry-after"]) < 10
+        assert answer.result().status_code == 200
+
+
 def test_without_a_queue_one_request_at_a_time_is_served() -> None:
     llm, gate = FakeLLM(), threading.Event()
     llm.before_token = lambda produced: (gate.wait(10), None)[1]

@@ -83,6 +83,37 @@ def test_a_folder_gets_a_file_after_a_while_and_the_rest_at_the_end(tmp_path: Pa
     assert recorder.files == sorted((tmp_path / "traces").iterdir())
 
 
+def test_files_of_a_folder_are_finished_in_time_also_where_reports_never_cease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 400))
+    monkeypatch.setattr(recorder_module.time, "monotonic", lambda: float(next(clock)))
+    recorder = Recorder(tmp_path, SHAPE, folder=True, group_rows=1)
+    for parts in two_texts():
+        for part in parts:
+            recorder.listen()(part)
+    monkeypatch.undo()
+    recorder.close()
+    assert len(recorder.files) >= 2
+
+
+def test_a_file_that_cannot_be_finished_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = pq.ParquetWriter.close, []
+
+    def full(self: pq.ParquetWriter) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(pq.ParquetWriter, "close", full)
+    recorder = Recorder(tmp_path / "t.parquet", SHAPE, group_rows=1)
+    recorder.listen()(two_texts()[0][0])
+    with pytest.raises(FileError, match="No space left"):
+        recorder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_of_a_folder_have_bounded_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder_module, "FILE_ROWS", 10)
     recorder = Recorder(tmp_path, SHAPE, folder=True, group_rows=1)

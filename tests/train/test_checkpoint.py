@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -168,6 +169,13 @@ def test_a_run_on_a_full_disk_goes_on_after_it_is_cleared(recipe, run, read_loss
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     run(recipe, tmp_path / "run")
     assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "run" / "model")
+    full_disk()
+    with pytest.raises(RunError, match=r"step 6 is saved, but not its model: .*cannot be written"):
+        run(recipe, tmp_path / "run")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert run(recipe, tmp_path / "run")[0].model.is_dir()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.endswith("partial")) == []
 
 
 @pytest.mark.parametrize("part", ["model", "optimiser"])

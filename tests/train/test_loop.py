@@ -20,6 +20,7 @@ from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.checkpoint import open_checkpoint
 from shoal.model import load_model, random_model
 from shoal.train import loop
+from shoal.train.log import Log
 from shoal.train.losses import LossSettings, TextBatch, language_loss
 from shoal.train.optim import OptimiserSettings, make_optimisers
 from shoal.train.recipe import CheckpointSettings, RouterSettings, SampleSettings, ScheduleSettings
@@ -133,8 +134,10 @@ def test_more_steps_than_the_recipe_make_it_longer(recipe, run, tmp_path):
 )
 def test_a_run_cannot_change_its_data_or_network(recipe, run, tmp_path, changes, problem):
     run(recipe, tmp_path / "run", until=2)
+    said = (tmp_path / "run" / "recipe.json").read_bytes()
     with pytest.raises(ConfigError, match=problem):
         run(replace(recipe, **changes), tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.json").read_bytes() == said
     model = replace(recipe.model, rms_norm_eps=1e-5)
     with pytest.raises(ConfigError, match=r"model\.rms_norm_eps: is 1e-05"):
         run(replace(recipe, model=model), tmp_path / "run")
@@ -333,6 +336,12 @@ def test_runs_in_a_thread_where_signals_cannot_be_taken(recipe, run, tmp_path):
     assert seen == [1]
 
 
+def test_a_line_that_is_no_record_is_named_by_its_number(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"other": 1}\n')
+    with pytest.raises(FileError, match="line 2 is no record"):
+        Log(tmp_path / "log.jsonl", 5)
+
+
 def test_never_takes_a_folder_of_somebody_else(recipe, run, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("mine")
@@ -350,6 +359,18 @@ def test_data_of_another_tokenizer_is_refused(recipe, run, data, tmp_path):
     recipe = replace(recipe, data=replace(recipe.data, folder=str(other)))
     with pytest.raises(FileError, match="tokenizer_digest"):
         run(recipe, tmp_path / "run")
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_with_the_numbers(recipe, run, tmp_path, monkeypatch):
+    values = sum(p.numel() for p in random_model(recipe.model, 0).parameters())  # and 4 selection biases a router
+    monkeypatch.setattr("shoal.train.process.available_bytes", lambda: 16 * values)
+    with pytest.raises(ConfigError, match=r"model: takes at least 0\.00 GB of memory to train, 0\.00 GB are available"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("shoal.train.process.available_bytes", lambda: 16 * (values + 8))
+    run(recipe, tmp_path / "run", until=1)
+    with pytest.raises(ConfigError, match="takes at least"):
+        run(replace(recipe, model=replace(recipe.model, intermediate_size=33)), tmp_path / "wider")
 
 
 def test_a_recipe_without_data_says_so(recipe, run, tmp_path):

@@ -56,6 +56,11 @@ def test_an_impossible_recipe_names_field_and_value(recipe, changes, problem):
         (lambda: settings.RouterSettings(bias_speed=-1), r"router\.bias_speed"),
         (lambda: settings.ParallelSettings(expert=0), r"parallel\.expert: must be a whole number from 1"),
         (lambda: settings.ParallelSettings(timeout=0.1), r"parallel\.timeout: must be a number from 1"),
+        (lambda: settings.OptimiserSettings(lr=-1.0), r"optimiser\.lr: must lie between 0"),
+        (lambda: settings.OptimiserSettings(beta2=1.0), r"optimiser\.beta2: must lie between 0"),
+        (lambda: settings.OptimiserSettings(optimiser="sgd"), r"optimiser\.optimiser: 'sgd' is not one of"),
+        (lambda: settings.LossSettings(z_weight=-1.0), r"losses\.z_weight: must lie between 0"),
+        (lambda: settings.LossSettings(mtp_from=2.0), r"losses\.mtp_from: must lie between 0"),
     ],
 )
 def test_an_impossible_part_names_its_dotted_key(make, problem):
@@ -161,6 +166,8 @@ def test_an_unknown_recipe_gets_a_hint(tmp_path, monkeypatch):
         ("def recipe(): return 3", r"must define recipe\(\) and return"),
         ("def recipe(:", "cannot be run: "),
         ("import no_such_module", "cannot be run: No module named 'no_such_module'"),
+        ("def recipe(): return undefined", "cannot be run: NameError: name 'undefined' is not defined"),
+        (MINIMAL.replace("steps=", "stepz="), "cannot be run: TypeError: .* unexpected keyword argument 'stepz'"),
     ],
 )
 def test_a_file_that_is_no_recipe_says_why(tmp_path, text, problem):

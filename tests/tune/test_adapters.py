@@ -161,6 +161,8 @@ def test_only_factors_learn_and_experts_without_rank_have_none(hf_folder):
         ({"lora_alpha": None}, "lora_alpha|alpha_pattern"),
         ({"rank_pattern": {"x[0-9]": 3}}, r"rank_pattern: the key 'x\[0-9\]' is a regular expression"),
         ({"r": 5, "rank_pattern": {}}, "has factors"),
+        ({"rank_pattern": [3]}, "rank_pattern: must be an object"),
+        ({"target_parameters": 3}, "target_parameters: must be a list"),
     ],
 )
 def test_an_adapter_that_does_something_else_is_refused(hf_folder, tmp_path, change, said):

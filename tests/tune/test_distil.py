@@ -19,7 +19,7 @@ from shoal.formats.checkpoint import open_checkpoint  # noqa: E402
 from shoal.train.batches import IGNORE  # noqa: E402
 from shoal.train.log import read_log  # noqa: E402
 from shoal.tune import distil_losses  # noqa: E402
-from shoal.tune.distil import DistilRecipe, DistilSettings, distil  # noqa: E402
+from shoal.tune.distil import DistilSettings, distil, with_teacher  # noqa: E402
 from shoal.tune.distil_losses import kept_divergence, reverse_divergence  # noqa: E402
 from shoal.tune.examples import read_examples  # noqa: E402
 from shoal.tune.recipe import TuneSettings  # noqa: E402
@@ -81,8 +81,7 @@ def test_with_few_tokens_kept_agreement_is_still_the_minimum(states):
 def make(folder, data, mode, steps=4, **settings):
     checkpoint = open_checkpoint(folder)
     plain = default_recipe(checkpoint, TuneSettings(model=str(folder), data=str(data), method="full"))
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    recipe = DistilRecipe(**fields, distil=DistilSettings(teacher="teacher", mode=mode, **settings))
+    recipe = with_teacher(plain, DistilSettings(teacher="teacher", mode=mode, **settings))
     recipe = replace(
         recipe, precision="fp32", sequence_length=64, batch=2, micro_batch=1,
         optimiser=replace(recipe.optimiser, lr=3e-3),
@@ -154,6 +153,51 @@ def test_a_student_comes_nearer_and_an_interrupted_run_ends_the_same(student, li
     assert [r["loss"] for r in read_log(tmp_path / "parts" / "log.jsonl")] == [r["loss"] for r in log]
 
 
+@pytest.mark.parametrize("mode", ["logits", "on-policy"])
+def test_a_student_whose_embedding_is_filled_up_further_learns_the_same(student, lines, tmp_path, teacher, mode):
+    """Qwen2.5's sizes, for one, share a tokenizer and have 151936 or 152064 rows. The spare rows here are loud."""
+    from shoal.formats.hf_save import save_folder
+    from shoal.model import as_checkpoint, empty_model, load_model
+
+    checkpoint = open_checkpoint(student)
+    wide = empty_model(replace(checkpoint.config, vocab_size=checkpoint.config.vocab_size + 64))
+    with torch.no_grad():
+        for name, value in load_model(checkpoint).state_dict().items():
+            target = wide.state_dict()[name]
+            target.copy_(torch.cat((value, 9 * value[:64])) if "embed_tokens" in name else value)
+    save_folder(as_checkpoint(wide, like=checkpoint), tmp_path / "wide")
+    first = []
+    for folder in (student, tmp_path / "wide"):
+        recipe, data = make(folder, lines(*TALKS), mode, steps=2, given=0.0, max_tokens=6)
+        distil(recipe, tmp_path / f"run-{folder.name}", data, teacher, Quiet())
+        first.append(read_log(tmp_path / f"run-{folder.name}" / "log.jsonl")[0]["divergence"])
+    assert first[1] == pytest.approx(first[0], rel=1e-4)
+
+
+def test_a_dry_run_tells_the_steps_that_it_would_take(small_llama, lines, capsys):
+    from shoal.cli.distil import run
+
+    assert run("nobody", str(small_llama), lines(*TALKS), ["batch=2", "micro_batch=1"], dry_run=True, epochs=4.0) == 0
+    assert "steps=6\n" in capsys.readouterr().out  # four times three rows, two a step
+
+
+def test_the_largest_seed_is_a_seed(small_llama, lines, tmp_path, teacher):
+    recipe, data = make(small_llama, lines(*TALKS), "on-policy", steps=1, max_tokens=2, temperature=1.0)
+    assert distil(replace(recipe, seed=(1 << 63) - 1), tmp_path / "run", data, teacher, Quiet()).step == 1
+
+
+def test_a_teacher_whose_embedding_is_filled_up_further_keeps_no_spare_tokens(small_llama, lines, tmp_path):
+    class Loud:
+        def logits(self, tokens):
+            return np.tile(np.arange(49152 + 64, dtype=np.float32), (len(tokens), 1))
+
+    _, data = make(small_llama, lines(*TALKS), "logits")
+    write_logits(Loud(), data.rows, tmp_path / "logits", top=3, among=49152, key="k")
+    ids, logprobs = open_logits(tmp_path / "logits", data.rows, top=3, key="k").row(0)
+    assert (ids == [49151, 49150, 49149]).all()
+    assert np.exp(logprobs.astype(float)).sum(1) == pytest.approx(0.95, abs=0.01)
+
+
 def test_another_tokenizer_is_refused_by_name(smollm, tmp_path, small_llama):
     from shoal.formats.tokenizer import load_tokenizer_json
 
@@ -197,3 +241,7 @@ def test_answers_are_verified_and_a_started_file_is_gone_on_with(lines, tmp_path
     assert write_answers(teacher, examples, path, verify=lambda example, text: text.startswith("a")) == (16, 3)
     assert path.read_bytes() == whole
     assert 0 < teacher.asked < 16
+    for others in (examples[1:], examples[:3]):  # other questions, or fewer
+        with pytest.raises(FileError, match="answers another example"):
+            write_answers(Parrot(), others, path)
+    assert path.read_bytes() == whole

@@ -87,6 +87,10 @@ def test_a_bad_line_is_named_by_line_and_field(lines, bad, said):
         ({"instruction": "", "output": "b"}, "instruction: is empty"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, r"conversations\[0\]\.from: 'alien' is not one of"),
         ({"conversations": [{"from": "gpt"}]}, r"conversations\[0\]\.value: must be text"),
+        (
+            {"conversations": [{"from": "gpt", "value": "x", "weight": "none"}]},
+            r"conversations\[0\]\.weight: must be 0 or 1",
+        ),
         ({"prompt": "a", "completion": ""}, "completion: is empty"),
         ({"text": "x"}, r"has the keys \['text'\], which are none of messages"),
     ],

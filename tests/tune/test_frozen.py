@@ -26,6 +26,16 @@ def test_rounding_stays_within_half_a_step(bits, error):
     assert torch.equal(widen(*quantise(torch.zeros(2, 40), bits), bits, torch.float32), torch.zeros(2, 64))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_small_weights_round_as_well_as_large_ones(bits):
+    """Down to scales that float16 holds as subnormal numbers only."""
+    rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    whole = widen(*quantise(rows, bits), bits, torch.float32)
+    for size in (1e-2, 1e-3, 3e-4):
+        small = widen(*quantise(rows * size, bits), bits, torch.float32) / size
+        assert (small - rows).abs().max() < 1.1 * (whole - rows).abs().max(), size
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["v3", "qwen2"])
 def test_a_frozen_base_computes_and_differentiates_as_its_rounded_twin(hf_folder, weights, family):

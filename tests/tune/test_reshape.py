@@ -208,3 +208,5 @@ def test_healing_learns_and_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         np.testing.assert_array_equal(resumed.tensors[name].read(), tensor.read())
     with pytest.raises(FileError, match="other settings"):
         heal(teacher, small, seen, replace(settings, lr=0.02), state=tmp_path)
+    with pytest.raises(FileError, match="other text"):
+        heal(teacher, small, seen[::-1], settings, state=tmp_path)

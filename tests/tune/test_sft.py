@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,14 +17,16 @@ peft = pytest.importorskip("peft")
 from tests.tune.conftest import TALKS  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from shoal.cli.tune import changed  # noqa: E402
 from shoal.errors import ConfigError, FileError  # noqa: E402
 from shoal.formats.adapter import load_adapter, merge  # noqa: E402
 from shoal.formats.checkpoint import open_checkpoint  # noqa: E402
 from shoal.formats.safetensors import SafetensorsFile  # noqa: E402
 from shoal.model import load_model  # noqa: E402
 from shoal.train.log import read_log  # noqa: E402
+from shoal.train.recipe import SampleSettings  # noqa: E402
 from shoal.tune.recipe import TuneSettings  # noqa: E402
-from shoal.tune.sft import Data, default_recipe, hold_out, settle, tune  # noqa: E402
+from shoal.tune.sft import Data, TuneRun, default_recipe, hold_out, settle, tune  # noqa: E402
 
 
 class Quiet:
@@ -34,9 +37,13 @@ class Quiet:
         pass
 
 
+TRAINING = ("batch", "validation", "checkpoint", "samples", "precision", "activation_checkpointing", "compile")
+
+
 def recipe_for(folder, data, steps=6, **settings):
-    changes = {name: settings.pop(name) for name in list(settings) if name in ("batch", "validation", "checkpoint")}
+    changes = {name: settings.pop(name) for name in list(settings) if name in TRAINING}
     checkpoint = open_checkpoint(folder)
+    settings["validation"] = settings.pop("validation_file", None)
     tuning = TuneSettings(model=str(folder), data=str(data), **{"budget": "0.2%", "probe_rows": 2, **settings})
     recipe = replace(default_recipe(checkpoint, tuning), precision="fp32", sequence_length=64, batch=2, micro_batch=1)
     recipe = replace(recipe, **changes)
@@ -113,6 +120,59 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(small_llama, lines,
         run(small_llama, data, tmp_path / "parts", steps=8, scale=3.0, method=method)
 
 
+@pytest.mark.parametrize("method", ["adapters", "lora"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_as_it_did(small_llama, lines, tmp_path, method):
+    recipe, found = recipe_for(small_llama, lines(*TALKS), steps=3, method=method)
+    tune(recipe, tmp_path / "whole", found, Quiet())
+    (tmp_path / "parts").mkdir()
+    killed = TuneRun(recipe, tmp_path / "parts", found, Quiet())
+    killed.run_step()
+    killed.close()
+    assert (tmp_path / "parts" / "placement.json").exists() and not (tmp_path / "parts" / "checkpoints").exists()
+    torch.rand(7)  # another process has drawn other random numbers
+    again = TuneRun(recipe, tmp_path / "parts", found, Quiet())
+    again.go(3)
+    again.close()
+    losses = [[r["loss"] for r in read_log(tmp_path / where / "log.jsonl")] for where in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("method", ["adapters", "full"])
+def test_samples_in_between_whatever_the_weights_are_held_in(small_llama, lines, tmp_path, method):
+    samples = SampleSettings(prompts=("say",), every=2, max_tokens=3)
+    outcome = run(small_llama, lines(*TALKS), tmp_path / "run", 2, samples=samples, precision="bf16", method=method)
+    (sample,) = outcome.record["samples"]
+    assert sample["prompt"] == "say" and isinstance(sample["text"], str)
+
+
+def test_activations_are_recomputed_if_asked_and_compiling_is_refused(small_llama, lines, tmp_path):
+    data = lines(*TALKS)
+    recipe, found = recipe_for(small_llama, data, steps=2, activation_checkpointing=True)
+    (tmp_path / "again").mkdir()
+    again = TuneRun(recipe, tmp_path / "again", found, Quiet())
+    calls, layer = [], again.model.model.layers[1]
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    record = again.run_step()
+    again.close()
+    assert len(calls) == 2 * recipe.batch // recipe.micro_batch  # forward, and once more in the backward pass
+    assert record["loss"] == run(small_llama, data, tmp_path / "plain", steps=1).record["loss"]
+    with pytest.raises(ConfigError, match="compile: is for training from text"):
+        replace(recipe, compile=True)
+
+
+def test_patience_ends_a_run_that_keeps_no_best_weights_too(small_llama, lines, tmp_path):
+    from shoal.train.recipe import ValidationSettings
+
+    data, other = lines(*TALKS), lines({"prompt": "say", "completion": "nothing"}, name="other.jsonl")
+    validation = ValidationSettings(every=2)
+    outcome = tune_with_validation(small_llama, data, other, tmp_path / "run", validation, keep_best=False)
+    assert outcome.step < 60
+    (saved,) = (tmp_path / "run" / "checkpoints").glob(f"*{outcome.step}")
+    assert not (saved / "best.safetensors").exists()
+    again = tune_with_validation(small_llama, data, other, tmp_path / "run", validation, keep_best=False)
+    assert (again.step, again.record) == (outcome.step, None)
+
+
 def test_the_best_weights_are_kept_and_patience_ends_the_run(small_llama, lines, tmp_path):
     from shoal.train.recipe import ValidationSettings
 
@@ -137,11 +197,12 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(small_llama, lines,
     assert np.array_equal(best[key], kept[ours])
 
 
-def tune_with_validation(folder, data, other, out, validation, until=None):
+def tune_with_validation(folder, data, other, out, validation, until=None, **settings):
     checkpoint = open_checkpoint(folder)
     tuning = TuneSettings(
-        model=str(folder), data=str(data), validation=str(other), budget="0.2%", probe_rows=2, patience=3, scale=16.0
-    )
+        model=str(folder), data=str(data), validation=str(other), budget="0.2%", probe_rows=2, patience=3, scale=16.0,
+        **settings,
+    )  # fmt: skip
     recipe = default_recipe(checkpoint, tuning)
     recipe = replace(recipe, precision="fp32", sequence_length=64, batch=4, micro_batch=4, validation=validation)
     recipe = replace(recipe, optimiser=replace(recipe.optimiser, lr=0.02))
@@ -149,7 +210,8 @@ def tune_with_validation(folder, data, other, out, validation, until=None):
     return tune(settle(recipe, found, steps=60, epochs=1), out, found, Quiet(), until=until)
 
 
-def test_experts_are_chosen_and_the_router_stays(hf_folder, lines, tmp_path, smollm):
+@pytest.mark.parametrize("base", ["keep", "int4"])
+def test_experts_are_chosen_and_the_router_stays(hf_folder, lines, tmp_path, smollm, base):
     from tests.tune.conftest import V3
 
     from shoal.formats.hf_save import save_folder
@@ -165,7 +227,7 @@ def test_experts_are_chosen_and_the_router_stays(hf_folder, lines, tmp_path, smo
     save_folder(as_checkpoint(random_model(config, 1)), folder)
     tokenizer.save(folder)
     chat.save(folder)
-    outcome = run(folder, lines(*TALKS), tmp_path / "run", steps=4, budget="1%")
+    outcome = run(folder, lines(*TALKS), tmp_path / "run", steps=4, budget="1%", base=base)
     ranks = json.loads((tmp_path / "run" / "placement.json").read_text())["ranks"]
     experts = {target: each for target, each in ranks.items() if ".experts." in target}
     assert experts and all(0 in each for each in experts.values())
@@ -179,6 +241,15 @@ def test_experts_are_chosen_and_the_router_stays(hf_folder, lines, tmp_path, smo
     assert changed and not any(".gate." in name or "norm" in name or "embed" in name for name in changed)
 
 
+def test_the_method_decides_the_learning_rate_wherever_it_was_chosen(small_llama):
+    checkpoint = open_checkpoint(small_llama)
+    settings, make = TuneSettings(model=str(small_llama), data="x"), partial(default_recipe, checkpoint)
+    assert changed(make, settings, ["batch=4"]).optimiser.lr == 1e-3
+    full = changed(make, settings, ["batch=4", "tune.method=full"])
+    assert (full.tune.method, full.optimiser.lr, full.batch) == ("full", 5e-5, 4)
+    assert changed(make, settings, ["tune.method=full", "optimiser.lr=2e-5"]).optimiser.lr == 2e-5
+
+
 def test_holding_out_is_by_seed_and_never_from_a_handful(lines):
     from shoal.tune.examples import read_examples
 
@@ -190,7 +261,7 @@ def test_holding_out_is_by_seed_and_never_from_a_handful(lines):
     assert hold_out(examples[:9], 0.25, 0) == (examples[:9], [])
 
 
-def test_what_cannot_be_tuned_says_why(small_llama, lines, tmp_path):
+def test_what_cannot_be_tuned_says_why(small_llama, lines, tmp_path, monkeypatch):
     data = lines(*TALKS)
     with pytest.raises(ConfigError, match=r"tune\.base: 'int8' cannot be trained in full"):
         recipe_for(small_llama, data, method="full", base="int8")
@@ -201,4 +272,17 @@ def test_what_cannot_be_tuned_says_why(small_llama, lines, tmp_path):
     long = lines({"prompt": "x " * 200, "completion": "y"}, name="long.jsonl")
     with pytest.raises(ConfigError, match="sequence_length: 64 leaves no answer"):
         recipe_for(small_llama, long)
+    with pytest.raises(ConfigError, match=r"sequence_length: 64 leaves no answer in .*long\.jsonl"):
+        recipe_for(small_llama, data, validation_file=str(long))
+    recipe, found = recipe_for(small_llama, data)
+    with pytest.raises(ConfigError, match=r"model: is not that of .*, whose settings tuning cannot change"):
+        tune(replace(recipe, model=replace(recipe.model, rms_norm_eps=1e-3)), tmp_path / "run", found, Quiet())
+    with monkeypatch.context() as little:
+        little.setattr("shoal.train.process.available_bytes", lambda: 1_600_000)
+        with pytest.raises(ConfigError, match=r"model: takes at least 0\.01 GB of memory to train"):
+            run(small_llama, data, tmp_path / "run")
+        assert run(small_llama, data, tmp_path / "small", steps=1, base="int4").step == 1
+    (tmp_path / "mine" / "adapter").mkdir(parents=True)
+    with pytest.raises(FileError, match=r"adapter: is here without a recipe\.json"):
+        run(small_llama, data, tmp_path / "mine")
     assert math.isfinite(run(small_llama, data, tmp_path / "other", steps=1).record["loss"])

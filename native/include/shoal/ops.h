@@ -20,14 +20,20 @@ namespace shoal {
 // One block of at most 64 cached tokens as seen by at most 16 queries.
 struct AttendRun {
     bool bf16;            // the cache and `queries` hold bf16, else f32
-    const void* queries;  // scaled; f32 [key_width][16], or bf16 [key_width / 2][16][2]
+    const void* queries;  // scaled; f32 [key_width][16], or bf16 [key_width / 2][16][2] or [key_width / 4][8][4]
     int num_queries;
-    const void* keys;                                          // [num_keys, key_width]
-    const void* values;                                        // [num_keys, value_width]; may be the head of the keys
+    int lanes;           // query_lanes(...) or 16: how many queries stand side by side
+    const void* keys;    // [num_keys, key_width]
+    const void* values;  // [num_keys, value_width]; may be the head of the keys
     int64_t key_stride, value_stride, key_width, value_width;  // key_width is even with bf16
     int64_t num_keys, first_key;                               // position of the first key
     const int32_t* last_key;  // [16]: the last position that a query sees, -1 for an unused lane
 };
+
+// A query for which 8 lanes are enough takes half the time. The results have the same bits.
+constexpr int query_lanes(bool bf16, int64_t num_queries, int64_t key_width) {
+    return bf16 && num_queries <= 8 && key_width % 4 == 0 ? 8 : 16;
+}
 
 struct Ops {
     const char* isa;
@@ -65,6 +71,10 @@ struct Ops {
     // scale for every 64 of them.
     void (*widen_rows)(const uint8_t* x, int64_t row_bytes, int64_t scales_at, int64_t rows, int64_t width,
                        uint16_t* y);
+
+    // y = scale * x in bf16, row by row. x, y [rows, cols]. The same bits on every instruction set.
+    void (*narrow_rows)(const float* x, int64_t x_stride, float scale, uint16_t* y, int64_t y_stride, int64_t rows,
+                        int64_t cols);
 
     // low = scale x A^T, onto the `rank` directions of an adapter (LoRA, arXiv 2106.09685). x [rows, cols]; a bf16
     // [rank, cols]; low [rows, rank]. A direction's sum does not depend on the others.

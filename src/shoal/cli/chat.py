@@ -122,7 +122,7 @@ class _Reply:
         ids = llm.encode_chat(messages)
         assert llm.chat_format is not None  # encode_chat has seen to that
         self._splitter = ReasoningSplitter(llm.chat_format.starts_in_reasoning(llm.tokenizer, ids))
-        self._chunks = llm.stream(ids, params)
+        self._chunks = llm.prepare(ids, params, continuing=False).chunks()
         self.text = ""
         self.reasoning = ""
         self.finish_reason: str | None = None
@@ -181,8 +181,9 @@ class _Reply:
 
         assert self.stats is not None
         stats = self.stats
+        known = f" ({stats.cached_tokens} known already)" if stats.cached_tokens else ""
         parts = [
-            f"prompt {stats.prompt_tokens} tokens, {stats.prompt_tok_s:.1f}/s",
+            f"prompt {stats.prompt_tokens} tokens{known}, {stats.prompt_tok_s:.1f}/s",
             f"answer {stats.completion_tokens} tokens, {stats.decode_tok_s:.1f}/s",
             f"first token {stats.first_token_seconds:.2f} s",
             f"peak memory {human_bytes(peak_rss_bytes())}",

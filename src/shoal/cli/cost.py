@@ -151,6 +151,7 @@ def _as_data(
     """Everything that is shown, as plain data."""
     from dataclasses import asdict
 
+    from shoal.cost.train_cost import hours_for
     from shoal.cost.train_memory import activation_bytes, state_bytes
     from shoal.formats.layout import count_active_params, count_params
 
@@ -186,9 +187,12 @@ def _as_data(
     }
     if actual is not None:
         flops = sum(cost.per_token.model * cost.phase.tokens for cost in costs) / sum(c.phase.tokens for c in costs)
+        reached = actual.tok_s * flops if actual.flop_s is None else actual.flop_s
+        predicted = hours_for(costs, actual.tokens) * 3600 / devices
         facts["actual"] = asdict(actual) | {
-            "utilisation": actual.tok_s * flops / (machine.bf16_tflops * 1e12 * devices),
-            "predicted_seconds": actual.tokens / tokens_per_second,
+            "utilisation": reached / (machine.bf16_tflops * 1e12 * devices),
+            "predicted_seconds": predicted,
+            "predicted_tok_s": actual.tokens / predicted,
         }
     return facts
 
@@ -233,7 +237,7 @@ def _show_actual(actual: dict[str, Any], facts: dict[str, Any]) -> None:
     rows = [
         {"": name, "predicted": predicted, "actual": real}
         for name, predicted, real in (
-            ("tokens/s", f"{facts['tokens_per_second']:,.0f}", f"{actual['tok_s']:,.0f}"),
+            ("tokens/s so far", f"{actual['predicted_tok_s']:,.0f}", f"{actual['tok_s']:,.0f}"),
             ("utilisation", f"{facts['utilisation']:.1%}", f"{actual['utilisation']:.1%}"),
             ("hours so far", f"{actual['predicted_seconds'] / 3600:.2f}", f"{actual['seconds'] / 3600:.2f}"),
         )

@@ -35,7 +35,7 @@ def run(
     adapters: Annotated[bool, typer.Option("--adapters", help="Train adapters, not all of the student.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; by default what --epochs takes.")] = None,
     epochs: Annotated[float, typer.Option(min=0.01, help="How often each example is seen.")] = 3.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all settings, and end.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the data, print all settings, and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Teach a student model what a teacher model knows.
@@ -54,23 +54,24 @@ def run(
       shoal distil -t ./big -s ./small --data q.jsonl --out runs/q --mode sequences --verify recipes/sql/task.py:right
     """
     with needs_torch("distillation"):
-        from shoal.train.overrides import override
-        from shoal.tune.distil import DistilRecipe, DistilSettings, open_teacher
+        from shoal.tune.distil import DistilSettings, open_teacher, with_teacher
         from shoal.tune.recipe import TuneSettings
-        from shoal.tune.sft import default_recipe
+        from shoal.tune.sft import Data, default_recipe, settle
     from shoal import hub, settings
     from shoal.cli.train import show_outcome, show_recipe, use_threads
-    from shoal.cli.tune import LOSSES
+    from shoal.cli.tune import LOSSES, changed
     from shoal.formats.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(hub.resolve(student))
     tuning = TuneSettings(model=student, data=str(data), method="adapters" if adapters else "full")
-    plain = default_recipe(checkpoint, tuning)
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    recipe = override(DistilRecipe(**fields, distil=DistilSettings(teacher=teacher, mode=mode)), changes or [])
+
+    def make(tuning: TuneSettings) -> DistilRecipe:
+        return with_teacher(default_recipe(checkpoint, tuning), DistilSettings(teacher=teacher, mode=mode))
+
+    recipe = changed(make, tuning, changes or [])
     checker = _verifier(verify) if verify is not None else None
     if dry_run:
-        show_recipe(recipe, as_json)
+        show_recipe(settle(recipe, Data(recipe, checkpoint), steps=steps, epochs=epochs), as_json)
         return 0
     if out is None:
         raise ConfigError("out", "is needed: the folder for log, checkpoints and model")

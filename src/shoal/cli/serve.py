@@ -81,8 +81,8 @@ def run(
 
     model = served or model
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
-    name = served_name or (model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name)
-    code_name, code_path = _code_model(code, model)
+    name = served_name or _name_of(model, path)
+    code_name, code_path = _code_model(code, model, name)
     adapters = _adapters(adapter or [], (name, code_name))
     keys = _Keys(api=api_key or [], file=api_key_file, admin=admin_key or [], without=without_key)
     policy = _policy(host, keys, cors_origin or [], log, log_prompts)
@@ -112,12 +112,23 @@ def run(
         os._exit(0)
 
 
-def _code_model(chosen: str | None, model: str) -> tuple[str | None, Path | None]:
-    """Name and place of the model that fills gaps beside `model`."""
+def _code_model(chosen: str | None, model: str, taken: str) -> tuple[str | None, Path | None]:
+    """Name and place of the model that fills gaps beside `model`, whose name is taken."""
     from shoal import hub
 
-    name = chosen or ("shoal-code" if model == DEFAULT_MODEL else "none")
-    return (None, None) if name == "none" else (name, hub.resolve(name))
+    code = chosen or ("shoal-code" if model == DEFAULT_MODEL else "none")
+    if code == "none":
+        return None, None
+    path = hub.resolve(code)
+    name = _name_of(code, path)
+    if name == taken:
+        raise ConfigError("code", f"the name {name!r} is taken by the served model; --served-name gives it another")
+    return name, path
+
+
+def _name_of(model: str, path: Path) -> str:
+    """What the API calls a model: its short name, or the last part of its path; clients need not see the rest."""
+    return model if not Path(model).exists() else path.stem if path.is_file() else path.resolve().name
 
 
 def _adapters(given: list[str], taken: tuple[str | None, ...]) -> dict[str, Path]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from shoal.trace.summary import LayerDrift, LayerSummary
     from shoal.trace.table import Shape
 
-MAX_LINE = 1 << 24
 SUMMARY, EXPORT = "summary", "export"
 
 
@@ -147,7 +146,8 @@ def _prepared(
 def read_prompts(path: Path) -> list[str | list[dict[str, Any]]]:
     """Prompts of a text file, a line each, or of a .jsonl file. FileError names the line at fault."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        # By newlines alone: JSON text may hold the other characters that end a line for `splitlines`.
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except OSError as error:
         raise FileError(path, error.strerror or "cannot be read") from error
     except UnicodeDecodeError as error:

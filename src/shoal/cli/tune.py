@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -11,8 +14,10 @@ from shoal.cli.console import human_count, needs_torch, note
 from shoal.errors import ConfigError
 
 if TYPE_CHECKING:
+    from shoal.tune.recipe import TuneRecipe, TuneSettings
     from shoal.tune.sft import Data
 
+AnyTune = TypeVar("AnyTune", bound="TuneRecipe")
 LOSSES = ("loss", "val_loss", "best_loss")
 
 
@@ -40,8 +45,8 @@ def run(
     A line is a conversation ("messages"), a "prompt" and its "completion", an Alpaca or a ShareGPT record; only the
     answers are learnt. Adapters go where the data's routing and gradient say, --budget parameters at most, and are
     written to DIR/adapter as a PEFT folder, which Hugging Face PEFT loads and `shoal chat`, `serve` and `convert` take
-    with --adapter (serve: NAME=DIR); --full writes a whole model to DIR/model. Every 20th example is held out, and the
-    best weights are kept.
+    with --adapter (serve: NAME=DIR); --full writes a whole model to DIR/model. One example in twenty is held out, and
+    the best weights are kept.
 
     Ctrl-C and SIGTERM save and end; so does touching DIR/STOP; DIR/SAVE saves.
 
@@ -51,7 +56,6 @@ def run(
       shoal tune --model smollm2-135m --data examples.jsonl --out runs/full --full optimiser.lr=2e-5
     """
     with needs_torch("tuning"):
-        from shoal.train.overrides import override
         from shoal.tune.recipe import TuneSettings
         from shoal.tune.sft import Data, default_recipe, settle, tune
     from shoal import hub
@@ -63,7 +67,7 @@ def run(
         model=model, data=str(data), format=form, validation=str(validation) if validation else None,
         method="full" if full else "adapters", budget=budget, base=base,
     )  # fmt: skip
-    recipe = override(default_recipe(checkpoint, settings), changes or [])
+    recipe = changed(partial(default_recipe, checkpoint), settings, changes or [])
     found = Data(recipe, checkpoint)
     describe_data(found)
     recipe = settle(recipe, found, steps=steps, epochs=epochs)
@@ -77,6 +81,16 @@ def run(
         outcome = tune(recipe, out, found, screen)
     show_outcome(outcome, out, as_json, LOSSES)
     return 0 if outcome.signal is None else 128 + outcome.signal
+
+
+def changed(make: Callable[[TuneSettings], AnyTune], settings: TuneSettings, changes: Sequence[str]) -> AnyTune:
+    """The recipe that `make` gives for some settings, with `key=value` changes applied."""
+    from shoal.train.overrides import override
+
+    recipe = override(make(settings), changes)
+    if recipe.tune.method != settings.method:  # changed by its key: its learning rate is another
+        recipe = override(make(replace(settings, method=recipe.tune.method)), changes)
+    return recipe
 
 
 def describe_data(data: Data) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import orjson
@@ -46,12 +48,16 @@ class PhaseCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Actual:
-    """What a run's log says: steps and tokens so far, seconds of training, median rate and the newest losses."""
+    """What a run's log says: steps and tokens so far, seconds of training, median rates and the newest losses.
+
+    `flop_s` counts the operations of each step as it was, with resting MTP depths or without; None in older logs.
+    """
 
     steps: int
     tokens: float
     seconds: float
     tok_s: float
+    flop_s: float | None
     loss: float
     val_loss: float | None
 
@@ -100,6 +106,16 @@ def phase_cost(
     return PhaseCost(phase=phase, per_token=per_token, flops=flops, hours=hours, dollars=hours * price)
 
 
+def hours_for(costs: Sequence[PhaseCost], tokens: float) -> float:
+    """Device hours of the first `tokens` of a run of these phases; past its end the last phase goes on."""
+    hours = 0.0
+    for number, cost in enumerate(costs, 1):
+        share = tokens / cost.phase.tokens if number == len(costs) else min(1.0, tokens / cost.phase.tokens)
+        hours += share * cost.hours
+        tokens -= share * cost.phase.tokens
+    return hours
+
+
 def read_actual(folder: Path, tokens_per_step: int) -> Actual:
     """What `log.jsonl` of a run's folder says.
 
@@ -110,14 +126,15 @@ def read_actual(folder: Path, tokens_per_step: int) -> Actual:
     records = _read_log(path)
     if not records:
         raise FileError(path, "holds no step yet")
-    rates = sorted(float(record["tok_s"]) for record in records)
-    seconds = sum(float(record.get("seconds") or tokens_per_step / record["tok_s"]) for record in records)
+    seconds = [float(record.get("seconds") or tokens_per_step / record["tok_s"]) for record in records]
+    counted = all("flops" in record for record in records)
     losses = [record["val_loss"] for record in records if record.get("val_loss") is not None]
     return Actual(
         steps=len(records),
         tokens=float(len(records) * tokens_per_step),
-        seconds=seconds,
-        tok_s=rates[len(rates) // 2],
+        seconds=sum(seconds),
+        tok_s=median_high(float(record["tok_s"]) for record in records),
+        flop_s=median_high(r["flops"] / s for r, s in zip(records, seconds, strict=True)) if counted else None,
         loss=float(records[-1]["loss"]),
         val_loss=float(losses[-1]) if losses else None,
     )

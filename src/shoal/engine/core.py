@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from shoal.config import ModelConfig
 from shoal.engine.adapters import PackedAdapter
-from shoal.engine.machine import usable_cpus
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
 from shoal.engine.plan import PAGE_TOKENS, Moments, cache_widths, write_plan
@@ -29,6 +28,7 @@ from shoal.engine.scheduler import Scheduler, Slice
 from shoal.engine.sequence import Produced, Sequence
 from shoal.errors import ConfigError, RequestError
 from shoal.formats.checkpoint import Checkpoint
+from shoal.machine import usable_cpus
 
 Floats = NDArray[np.float32]
 STEP_TOKENS = 512

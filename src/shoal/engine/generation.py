@@ -25,12 +25,14 @@ class Generation:
     one, whose logprob is NaN.
     """
 
-    def __init__(self, core: Core, tokenizer: Tokenizer, sequence: Sequence, *, score: bool) -> None:
+    def __init__(
+        self, core: Core, tokenizer: Tokenizer, sequence: Sequence, *, score: bool, continuing: bool = True
+    ) -> None:
         self.done = False
         self._core = core
         self._tokenizer = tokenizer
         self._sequence = sequence
-        self._decoder = tokenizer.stream()
+        self._decoder = tokenizer.stream(continuing=continuing)
         self._stops = StopMatcher(sequence.params.stop)
         self._taken = 0
         self._scores: list[TokenLogprob] = []

@@ -18,7 +18,6 @@ from shoal.engine.embedding import MAX_EMBEDDING_TOKENS, Embedder
 from shoal.engine.expert_load import ExpertLoad
 from shoal.engine.generation import Generation
 from shoal.engine.grammar import Grammars
-from shoal.engine.machine import available_bytes
 from shoal.engine.outputs import Chunk, Completion, TokenLogprob
 from shoal.engine.params import SamplingParams
 from shoal.engine.routing import OnRouting
@@ -27,6 +26,7 @@ from shoal.engine.sequence import Sequence as Running
 from shoal.errors import ConfigError, RequestError
 from shoal.formats.adapter import load_adapter, merge
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
+from shoal.machine import available_bytes
 
 Message = Mapping[str, Any]
 DEFAULT_CACHE_TOKENS = 32768
@@ -209,7 +209,8 @@ class LLM:
         adapter: str | None = None,
     ) -> Generator[Chunk, None, None]:
         """As `chat`, piece by piece."""
-        return self.stream(self.encode_chat(messages, tools=tools, options=options), params, adapter=adapter)
+        ids = self.encode_chat(messages, tools=tools, options=options)
+        return self.prepare(ids, params, adapter=adapter, continuing=False).chunks()
 
     # ---- many requests from one thread, as a server runs them: prepare, start, step, take what is ready
 
@@ -221,6 +222,7 @@ class LLM:
         score: bool = False,
         generate: bool = True,
         adapter: str | None = None,
+        continuing: bool = True,
     ) -> Generation:
         """A checked request that has not started.
 
@@ -229,9 +231,11 @@ class LLM:
                 the likeliest each.
             generate: False ends after the prompt.
             adapter: the name of a loaded one.
+            continuing: the answer goes on from the prompt's text; False: it is a text of its own, as in a chat, and a
+                first space that SentencePiece vocabularies put before it is left out.
         """
         sequence = self._sequence(prompt, params or SamplingParams(), generate=generate, adapter=adapter)
-        return Generation(self._core, self.tokenizer, sequence, score=score)
+        return Generation(self._core, self.tokenizer, sequence, score=score, continuing=continuing)
 
     def step(self) -> bool:
         """Advance every started generation, those of `beside` too, by one step: a token each, or a piece of their
@@ -265,7 +269,7 @@ class LLM:
     ) -> list[int]:
         """Token ids of a conversation, ready for the model's reply. Message text never becomes a control token."""
         if self.chat_format is None:
-            raise RequestError("messages", f"model {self.name} has no chat format; send plain text to complete instead")
+            raise RequestError("messages", "this model has no chat format; send plain text to complete instead")
         if not messages:
             raise RequestError("messages", "must hold at least one message")
         return self.chat_format.encode(self.tokenizer, messages, tools=tools, options=options)

@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 
 from shoal.config import MLAConfig, ModelConfig
-from shoal.engine.machine import available_bytes
 from shoal.engine.packing import PACKINGS, packing_for
 from shoal.engine.plan import PAGE_TOKENS, cache_widths
 from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint, LazyTensor
 from shoal.formats.layout import expected_tensors
 from shoal.kernels import native
+from shoal.machine import available_bytes
 
 GB = 1e9
 

@@ -37,7 +37,8 @@ class Stats:
 
     @property
     def prompt_tok_s(self) -> float:
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds > 0 else 0.0
+        read = self.prompt_tokens - self.cached_tokens
+        return read / self.prompt_seconds if self.prompt_seconds > 0 else 0.0
 
     @property
     def decode_tok_s(self) -> float:

@@ -49,7 +49,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return self.llm.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self.llm.tokenizer.encode(string, add_bos=add_special_tokens, parse_special=True)
+        tokenizer = self.llm.tokenizer
+        bos = tokenizer.bos_token_id
+        if add_special_tokens is None and bos is not None and string.startswith(str(tokenizer.token_string(bos))):
+            add_special_tokens = False  # a chat format has written it already
+        return tokenizer.encode(string, add_bos=add_special_tokens, parse_special=True)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         ids = self.llm.encode_chat(chat_history)

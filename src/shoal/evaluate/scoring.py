@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from shoal.evaluate.sandbox import Limits, run_program
 from shoal.evaluate.sql import same_answer
 
 Metrics = dict[str, float]
+_BEGUN = re.compile(r"\s*(select|with)\b", re.I)  # and no column that is called `selected`
 PROGRAM_LIMITS = Limits(seconds=10.0, memory=1 << 30)
 
 
@@ -21,7 +23,7 @@ def program(item: Mapping[str, Any], answers: Sequence[str]) -> Metrics:
 
 def query(item: Mapping[str, Any], answers: Sequence[str]) -> Metrics:
     """Whether the query, begun by the task's SELECT, returns the rows of the reference."""
-    text = answers[0] if answers[0].lstrip().lower().startswith(("select", "with")) else f"SELECT {answers[0]}"
+    text = answers[0] if _BEGUN.match(answers[0]) else f"SELECT {answers[0]}"
     return {"execution_accuracy": float(same_answer(Path(item["database"]), text, item["sql"]))}
 
 

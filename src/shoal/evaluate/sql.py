@@ -41,7 +41,7 @@ def same_answer(database: Path, query: str, reference: str) -> bool:
         return False
     if "order by" in " ".join(reference.lower().split()):
         return found == wanted
-    return Counter(map(_hashable, found)) == Counter(map(_hashable, wanted))
+    return Counter(found) == Counter(wanted)
 
 
 def run_query(database: Path, query: str) -> list[tuple[Any, ...]]:
@@ -80,7 +80,3 @@ def _allow(action: int, first: str | None, second: str | None, *_: object) -> in
     if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FORBIDDEN_FUNCTIONS:
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
-
-
-def _hashable(row: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(f"{type(value).__name__}:{value}" for value in row)

@@ -95,6 +95,9 @@ def load_adapter(folder: str | Path) -> Adapter:
     for name, values in _PLAIN.items():
         if config.get(name) not in values and config.get(name) != {}:
             raise FileError(path, f"{config[name]!r} is not supported", item=name)
+    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("target_parameters", list)):
+        if not isinstance(config.get(name), kind | None):
+            raise FileError(path, f"must be {'an object' if kind is dict else 'a list'}", item=name)
     file = SafetensorsFile(inside(folder, WEIGHTS))
     factors: dict[tuple[str, bool], dict[str, Floats]] = defaultdict(dict)
     for name, entry in file.entries.items():

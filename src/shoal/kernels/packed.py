@@ -18,7 +18,7 @@ from shoal.kernels.reference_packing import PACKINGS, PackedWeights, padded_size
 
 __all__ = [
     "AttendState", "PackedWeights", "QuantRows", "attend", "lora_expand", "lora_shrink", "matmul_f", "matmul_q",
-    "quantize_rows", "widen_rows",
+    "narrow_rows", "quantize_rows", "widen_rows",
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
@@ -125,6 +125,21 @@ def lora_expand(low_TR: F32, b_RO: BF16, onto: F32) -> F32:
     return y
 
 
+def narrow_rows(x_TC: F32, scale: float = 1.0) -> npt.NDArray[ml_dtypes.bfloat16]:
+    """scale · x in bfloat16.
+
+    Raises:
+        TypeError: x is no float32 array. ValueError: x is no matrix.
+    """
+    _matrix("x", x_TC)
+    native = extension.load()
+    if native is None:
+        return reference.narrow_rows(x_TC, scale)
+    y = np.empty(x_TC.shape, ml_dtypes.bfloat16)
+    native.narrow_rows(x_TC if rows_contiguous(x_TC) else np.ascontiguousarray(x_TC), scale, y.view(np.uint16))
+    return y
+
+
 def widen_rows(stored_SB: npt.NDArray[np.uint8], width: int) -> npt.NDArray[ml_dtypes.bfloat16]:
     """Cached int8 rows [S, bytes] to bfloat16 [S, width]; a row is `width` codes, padded to 4 bytes, then a float32
     scale for every 64 of them.
@@ -181,11 +196,12 @@ def attend(
     bf16 = queries_QK.dtype == ml_dtypes.bfloat16
     if bf16 and width % 2:
         raise ValueError(f"keys: {width} columns, expected an even number with bfloat16")
-    queries = np.zeros((LANES, width), queries_QK.dtype)
+    lanes = 8 if bf16 and num_queries <= 8 and width % 4 == 0 else LANES  # as query_lanes in ops.h
+    queries = np.zeros((lanes, width), queries_QK.dtype)
     queries[:num_queries] = queries_QK
-    if bf16:  # pairs of columns side by side: [K / 2, 16, 2]
-        pairs = queries.view(np.uint16).reshape(LANES, -1, 2).transpose(1, 0, 2)
-        args = [np.ascontiguousarray(pairs).reshape(-1, 2 * LANES), keys_SK.view(np.uint16), values_SV.view(np.uint16)]
+    if bf16:  # columns side by side: [K / 2, 16, 2] or [K / 4, 8, 4]
+        beside = queries.view(np.uint16).reshape(lanes, -1, 32 // lanes).transpose(1, 0, 2)
+        args = [np.ascontiguousarray(beside).reshape(-1, 32), keys_SK.view(np.uint16), values_SV.view(np.uint16)]
     else:
         args = [np.ascontiguousarray(queries.T), keys_SK, values_SV]
     fold = native.attend_bf16 if bf16 else native.attend_f32

@@ -134,6 +134,12 @@ def lora_expand(low_TR: F32, b_RO: npt.NDArray[ml_dtypes.bfloat16], onto: F32) -
     return y
 
 
+def narrow_rows(x_TC: F32, scale: float) -> npt.NDArray[ml_dtypes.bfloat16]:
+    """scale · x, a product in float32 rounded once more to bfloat16, ties to even."""
+    y: npt.NDArray[ml_dtypes.bfloat16] = (x_TC * np.float32(scale)).astype(ml_dtypes.bfloat16)
+    return y
+
+
 def widen_rows(stored_SB: Bytes, width: int) -> npt.NDArray[ml_dtypes.bfloat16]:
     """Cached int8 rows to bfloat16 [S, width]: a row is `width` codes, padded to 4 bytes, and a float32 scale for every
     64 of them. Each value is code · scale in float32, rounded once more."""

@@ -80,7 +80,7 @@ def create_app(service: Service, policy: Policy | None = None) -> Starlette:
         ],
         middleware=_middleware(policy),
         exception_handlers={
-            **dict.fromkeys((HTTPException, ApiError, ShoalError, MemoryError), handle_error),
+            **dict.fromkeys((HTTPException, ApiError, ShoalError, RecursionError, MemoryError), handle_error),
             Exception: handle_crash,
         },
         lifespan=lifespan,
@@ -97,7 +97,7 @@ def _middleware(policy: Policy) -> list[Middleware]:
         out.append(
             Middleware(
                 CORSMiddleware, allow_origins=sorted(policy.origins), allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type", "x-request-id"],
+                allow_headers=["*"],  # OpenAI's client adds a dozen of its own
                 expose_headers=["x-request-id", "retry-after"],
             )
         )  # fmt: skip
@@ -123,7 +123,10 @@ async def show_model(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """200 once the model is loaded; 503 before that and while stopping."""
     worker = service_of(request).worker
-    worker.engine()
+    try:
+        worker.engine()
+    except ApiError as error:  # no request was refused: metrics need not count it
+        return error.response()
     return json_response({"status": "ok", "running": worker.num_running, "waiting": worker.num_waiting})
 
 

@@ -29,7 +29,7 @@ def _response_format(request: SamplingRequest) -> Constraint | None:
     if wanted.type == "regex":
         return "response_format.pattern", _regex(wanted.pattern or "")
     if wanted.type == "grammar":
-        return "response_format.grammar", _lark(wanted.grammar or "")
+        return _lark("response_format.grammar", wanted.grammar or "")
     schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
     if schema is None:
         return "response_format", _json({"type": "object"})
@@ -48,7 +48,7 @@ def _structured_outputs(request: SamplingRequest) -> Constraint | None:
     if wanted.choice is not None:
         return "structured_outputs.choice", "start: " + " | ".join(map(_quoted, wanted.choice))
     if wanted.grammar is not None:
-        return "structured_outputs.grammar", _lark(wanted.grammar)
+        return _lark("structured_outputs.grammar", wanted.grammar)
     return "structured_outputs.json_object", _json({"type": "object"})
 
 
@@ -126,16 +126,16 @@ def _regex(pattern: str) -> str:
     return f"start: /{regex_to_lark(pattern, use_ascii='d')}/"
 
 
-def _lark(grammar: str) -> str:
+def _lark(field: str, grammar: str) -> Constraint:
     """Lark as it is; llama.cpp's GBNF, told by its `::=`, is translated."""
     if "::=" not in grammar:
-        return grammar
+        return field, grammar
     from llguidance.gbnf_to_lark import any_to_lark
 
     try:
-        return str(any_to_lark(grammar))
+        return field, str(any_to_lark(grammar))
     except Exception as error:  # the translator's own kinds are not part of its interface
-        raise RequestError("grammar", f"is no GBNF: {str(error)[:200]}", code="invalid_grammar") from None
+        raise RequestError(field, f"is no GBNF: {str(error)[:200]}", code="invalid_grammar") from None
 
 
 def _quoted(text: str) -> str:

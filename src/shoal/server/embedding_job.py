@@ -14,12 +14,12 @@ class EmbeddingQueue:
 
     def __init__(self) -> None:
         self.jobs: list[EmbeddingJob] = []
-        self._embedders: dict[str, Embedder] = {}
+        self._embedders: dict[LLM, Embedder] = {}
 
     def embedder(self, llm: LLM) -> Embedder:
-        if llm.name not in self._embedders:
-            self._embedders[llm.name] = llm.embedder()
-        return self._embedders[llm.name]
+        if llm not in self._embedders:
+            self._embedders[llm] = llm.embedder()
+        return self._embedders[llm]
 
 
 class EmbeddingJob:

@@ -46,6 +46,14 @@ class ApiError(Exception):
         return json_response(self.body(), status=self.status, headers=self.headers)
 
 
+def named(error: Exception, fields: Mapping[str, str]) -> Exception:
+    """A RequestError that names an argument of the engine, under the client's name of the field it came from."""
+    field = fields.get(error.param or "") if isinstance(error, RequestError) else None
+    if not isinstance(error, RequestError) or field is None:
+        return error
+    return RequestError(field, str(error).removeprefix(f"{error.param}: "), code=error.code)
+
+
 INTERNAL = ApiError(500, "the server failed to answer; its log says why", code="internal_error")
 
 
@@ -64,6 +72,8 @@ def as_api_error(error: BaseException) -> ApiError:
             error.status_code, str(error.detail)
         )
         return ApiError(error.status_code, message, headers=error.headers)
+    if isinstance(error, RecursionError):  # the parser lets through what some writers of JSON cannot write
+        return ApiError(400, "the request is nested too deeply", code="invalid_value")
     if isinstance(error, MemoryError):
         return ApiError(503, "not enough memory for this request", code="out_of_memory", headers={"retry-after": "5"})
     # One line for a known kind of failure, the whole trace for a fault of ours.
@@ -77,11 +87,12 @@ def as_api_error(error: BaseException) -> ApiError:
 async def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for the errors that are foreseen."""
     answer = as_api_error(error)
-    request.app.state.service.worker.metrics.refused[answer.code or str(answer.status)] += 1
+    request.app.state.service.worker.metrics.count_refused(answer)
     return answer.response()
 
 
 async def handle_crash(request: Request, error: Exception) -> Response:
     """For all others; Starlette raises them once more behind it, so that uvicorn logs the trace. It then closes the
     connection, which the client must know, or its next request there would be lost."""
+    request.app.state.service.worker.metrics.count_refused(INTERNAL)
     return json_response(INTERNAL.body(), status=500, headers={"connection": "close"})

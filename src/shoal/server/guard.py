@@ -9,9 +9,10 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shoal.server.errors import ApiError
+from shoal.server.errors import ApiError, handle_error
 from shoal.server.keys import Keys
 from shoal.server.page.routes import OPEN_PATHS
 
@@ -54,7 +55,8 @@ class Guard:
             else:
                 refusal = self._refusal(scope["path"], Headers(scope=scope))
             if refusal is not None:
-                await refusal.response()(scope, receive, send)
+                response = await handle_error(Request(scope), refusal)
+                await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -14,6 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from shoal.engine import LLM, Stats
 
 if TYPE_CHECKING:
+    from shoal.server.errors import ApiError
     from shoal.server.worker import EngineWorker
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -54,6 +55,9 @@ class Metrics:
         self.cancelled = 0
         self.counts: Counter[str] = Counter()
         self.machine_seconds = 0.0
+
+    def count_refused(self, error: ApiError) -> None:
+        self.refused[error.code or str(error.status)] += 1
 
     def add_whole(self, stats: Stats, *, waited: float) -> None:
         """The times of an answer's tokens, from what the engine measured of all of them together."""
@@ -111,7 +115,7 @@ class _Families:
         metrics = self._metrics
         for name, text, label, counts in (
             ("answers", "Complete answers by finish reason.", "reason", metrics.ended),
-            ("requests_refused", "Requests refused by the code of the error.", "code", metrics.refused),
+            ("requests_refused", "Requests that ended in an error, by its code.", "code", metrics.refused),
         ):
             family = CounterMetricFamily(f"shoal_{name}", text, labels=[label])
             for value, count in list(counts.items()):

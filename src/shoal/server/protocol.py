@@ -139,6 +139,12 @@ class SamplingRequest(Body):
         return self.n or 1
 
     @property
+    def wants_form(self) -> bool:
+        """Whether the answer must keep to a grammar."""
+        form = self.response_format
+        return (form is not None and form.type != "text") or self.structured_outputs is not None
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 

@@ -110,6 +110,10 @@ class ChatRequest(SamplingRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def wants_form(self) -> bool:
+        return super().wants_form or self.tool_choice == "required" or isinstance(self.tool_choice, ChosenTool)
+
+    @property
     def offered_tools(self) -> list[Tool]:
         """What the model may call; none where the client forbids it."""
         return [] if self.tool_choice == "none" else self.tools or []

@@ -13,7 +13,7 @@ MAX_HEAD_BYTES = 64 << 10
 
 class PatientProtocol(H11Protocol):
     """Closes a connection on which no request was under way at two looks in a row, 30 s apart: a head that trickles in
-    counts as none, so that it cannot hold a connection for ever."""
+    counts as none, so that it cannot hold a connection for ever. Silence after an answer is uvicorn's to time."""
 
     _look: asyncio.TimerHandle | None = None
     _last_idle: Any = None
@@ -29,7 +29,8 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _look_around(self) -> None:
-        idle = self.cycle is None or self.cycle.response_complete
+        silent = self.timeout_keep_alive_task is not None
+        idle = not silent and (self.cycle is None or self.cycle.response_complete)
         if idle and self._last_idle is self.cycle:
             self.transport.close()
             return

@@ -6,7 +6,6 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,6 +21,7 @@ from shoal.server.routing import with_routing
 from shoal.server.service import (
     Service,
     checked_grammar,
+    in_thread,
     naming,
     note_of,
     service_of,
@@ -41,10 +41,11 @@ FIELDS = {"reasoning": "reasoning_content", "content": "content"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What `_prepare` found out: a generation for each choice, none started; whether they begin in the middle of
-    reasoning; how the model writes calls, if it may."""
+    """What `_prepare` found out: a generation for each choice, none started; the client's names of the engine's
+    arguments; whether they begin in the middle of reasoning; how the model writes calls, if it may."""
 
     generations: list[Generation]
+    fields: dict[str, str]
     in_reasoning: bool
     syntax: ToolSyntax | None
 
@@ -53,8 +54,8 @@ async def chat_completions(request: Request) -> Response:
     body = parse_request(ChatRequest, await read_json(request))
     service = service_of(request)
     llm = service.engine_for(body.model)
-    plan = await anyio.to_thread.run_sync(_prepare, service, llm, body)
-    results = service.worker.submit(plan.generations, seconds=body.timeout, whole=not body.stream)
+    plan = await in_thread(service, body, lambda: _prepare(service, llm, body))
+    results = service.worker.submit(plan.generations, seconds=body.timeout, whole=not body.stream, fields=plan.fields)
     reply = _Reply(request, body, plan)
     if body.stream:
         return EventStream(results, with_routing(reply.events, llm.tokenizer))
@@ -78,14 +79,15 @@ def _prepare(service: Service, llm: LLM, body: ChatRequest) -> _Plan:
     grammar = checked_grammar(service, constraint)
     after = llm.tokenizer.token_id(CLOSE) if in_reasoning and grammar is not None else None
     generations = []
-    with naming({"prompt": "messages", **({"grammar": constraint[0]} if constraint else {})}):
+    fields = {"prompt": "messages", **({"grammar": constraint[0]} if constraint else {})}
+    with naming(fields):
         for choice in range(body.num_choices):
             params = body.sampling(
                 llm.generation, max_tokens=body.token_limit, logprobs=body.num_logprobs, choice=choice,
                 grammar=grammar, grammar_after=after,
             )  # fmt: skip
-            generations.append(llm.prepare(ids, params, adapter=service.adapter_of(body.model)))
-    return _Plan(generations=generations, in_reasoning=in_reasoning, syntax=syntax)
+            generations.append(llm.prepare(ids, params, adapter=service.adapter_of(body.model), continuing=False))
+    return _Plan(generations=generations, fields=fields, in_reasoning=in_reasoning, syntax=syntax)
 
 
 def chat_ids(llm: LLM, messages: list[Message], tools: list[Tool], options: dict[str, bool]) -> list[int]:

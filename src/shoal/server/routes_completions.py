@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import math
 from dataclasses import replace
 from typing import Any
 
-import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 
 from shoal.engine import LLM, Chunk, Generation, Stats, TokenLogprob
 from shoal.errors import RequestError
 from shoal.formats.fim import fim_prompt
+from shoal.formats.tokenizer import StreamDecoder, Tokenizer
 from shoal.server.body import read_json
 from shoal.server.constraints import format_constraint
 from shoal.server.protocol import parse_request
@@ -23,6 +22,7 @@ from shoal.server.routing import with_routing
 from shoal.server.service import (
     Service,
     checked_grammar,
+    in_thread,
     naming,
     note_of,
     service_of,
@@ -44,11 +44,11 @@ async def completions(request: Request) -> Response:
     model = service.gap_filler(body.model) if body.suffix else body.model
     llm = service.engine_for(model)
     if _is_short(body):
-        generations, echoes = _prepare(service, llm, body)
+        generations, echoes, fields = _prepare(service, llm, body)
     else:
-        generations, echoes = await anyio.to_thread.run_sync(_prepare, service, llm, body)
-    results = service.worker.submit(generations, seconds=body.timeout, whole=not body.stream)
-    reply = _Reply(request, body, model, echoes)
+        generations, echoes, fields = await in_thread(service, body, lambda: _prepare(service, llm, body))
+    results = service.worker.submit(generations, seconds=body.timeout, whole=not body.stream, fields=fields)
+    reply = _Reply(request, body, model, echoes, llm.tokenizer)
     if body.stream:
         return EventStream(results, with_routing(reply.events, llm.tokenizer))
     return await whole_answer(request, results, reply.add, reply.body)
@@ -58,14 +58,15 @@ def _is_short(body: CompletionRequest) -> bool:
     """Whether checking it takes a fraction of a millisecond: going to another thread and back would take longer."""
     size = sum(map(len, body.prompts)) + len(body.suffix or "")
     few = len(body.prompts) * body.num_choices <= 8
-    return size <= SHORT and few and body.response_format is None and body.structured_outputs is None
+    return size <= SHORT and few and not body.wants_form
 
 
-def _prepare(service: Service, llm: LLM, body: CompletionRequest) -> tuple[list[Generation], list[str]]:
-    """A generation for each choice of each prompt, none started, and the text that opens each answer (the prompt, if it
-    is to be echoed). Runs in a thread and finds every fault."""
+def _prepare(service: Service, llm: LLM, body: CompletionRequest) -> tuple[list[Generation], list[str], dict[str, str]]:
+    """A generation for each choice of each prompt, none started; the text that opens each answer (the prompt, if it is
+    to be echoed); the client's names of the engine's arguments. Finds every fault."""
     constraint = format_constraint(body)
     grammar = checked_grammar(service, constraint)
+    fields = {"grammar": constraint[0]} if constraint else {}
     generations, echoes = [], []
     for prompt in body.prompts:
         ids = _prompt_ids(llm, prompt, body.suffix)
@@ -76,14 +77,14 @@ def _prepare(service: Service, llm: LLM, body: CompletionRequest) -> tuple[list[
                 llm.generation, max_tokens=body.max_tokens or None, logprobs=body.logprobs, choice=choice,
                 grammar=grammar,
             )  # fmt: skip
-            with naming({"grammar": constraint[0]} if constraint else {}):
+            with naming(fields):
                 generations.append(
                     llm.prepare(
                         ids, params, score=score, generate=body.max_tokens != 0, adapter=service.adapter_of(body.model)
                     )
                 )
             echoes.append(echo)
-    return generations, echoes
+    return generations, echoes, fields
 
 
 def _prompt_ids(llm: LLM, prompt: str | list[int], suffix: str | None) -> list[int]:
@@ -98,20 +99,20 @@ def _prompt_ids(llm: LLM, prompt: str | list[int], suffix: str | None) -> list[i
         return ids
     filled = fim_prompt(tokenizer, ids, tokenizer.encode(suffix, add_bos=False))
     if filled is None:
-        raise RequestError("suffix", f"{llm.name} was not made to fill in the middle", code="unsupported_parameter")
+        raise RequestError("suffix", "this model was not made to fill in the middle", code="unsupported_parameter")
     return filled
 
 
 class _Choice:
     """One text as it grows."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: StreamDecoder) -> None:
         self.text: list[str] = []
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
         self.stats: Stats | None = None
         self._offset = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = decoder
 
     def add(self, chunk: Chunk) -> dict[str, Any] | None:
         """Take a chunk in; the log-probabilities that it brings."""
@@ -124,7 +125,7 @@ class _Choice:
         for entry in chunk.logprobs:
             columns["tokens"].append(token_text(entry.text_bytes))
             columns["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(entry.text_bytes))
+            self._offset += len(self._decoder.push(entry.token_id))  # nothing for a token that the text leaves out
             known = not math.isnan(entry.logprob)
             columns["token_logprobs"].append(shown_logprob(entry.logprob) if known else None)
             columns["top_logprobs"].append(_top(entry) if known else None)
@@ -142,22 +143,28 @@ class _Choice:
 class _Reply:
     """The answer to one request: events for a stream, one body otherwise."""
 
-    def __init__(self, http: Request, request: CompletionRequest, model: str | None, echoes: list[str]) -> None:
+    def __init__(
+        self, http: Request, request: CompletionRequest, model: str | None, echoes: list[str], tokenizer: Tokenizer
+    ) -> None:
         self._service = service = service_of(http)
         self._note: dict[str, Any] = http.scope["note"]
         self._head = service.head("cmpl", "text_completion", model)
         self._request = request
         self._echoes = echoes
+        self._tokenizer = tokenizer
         self._choices: dict[int, _Choice] = {}
 
     def add(self, piece: Piece) -> dict[str, Any] | None:
         index, chunk = self._with_echo(piece)
-        return self._choices.setdefault(index, _Choice()).add(chunk)
+        return self._choices[index].add(chunk)
 
     def _with_echo(self, piece: Piece) -> Piece:
         """An answer's first chunk starts with the echoed prompt."""
         index, chunk = piece
-        return piece if index in self._choices else (index, replace(chunk, text=self._echoes[index] + chunk.text))
+        if index in self._choices:
+            return piece
+        self._choices[index] = _Choice(self._tokenizer.stream(continuing=not self._request.echo))
+        return index, replace(chunk, text=self._echoes[index] + chunk.text)
 
     def body(self) -> dict[str, Any]:
         choices = [
@@ -168,7 +175,7 @@ class _Reply:
 
     def events(self, piece: Piece) -> list[dict[str, Any]]:
         index, chunk = piece = self._with_echo(piece)
-        logprobs = self._choices.setdefault(index, _Choice()).add(chunk)
+        logprobs = self._choices[index].add(chunk)
         out = []
         if chunk.text or logprobs or chunk.finish_reason:
             event = {**self._head, "choices": [_choice(index, chunk.text, logprobs, chunk.finish_reason)]}

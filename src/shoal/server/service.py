@@ -7,8 +7,10 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio.to_thread
+from anyio import CapacityLimiter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,11 +21,15 @@ from shoal.errors import RequestError
 from shoal.formats.fim import fim_marks
 from shoal.server.constraints import Constraint
 from shoal.server.embedding_job import EmbeddingQueue
-from shoal.server.errors import ApiError, json_response
+from shoal.server.errors import ApiError, json_response, named
 from shoal.server.grammar_check import GrammarChecker
 from shoal.server.journal import new_id
+from shoal.server.protocol import SamplingRequest
 from shoal.server.sse import unless_disconnected
 from shoal.server.worker import EngineWorker, Piece, Results
+
+T = TypeVar("T")
+GRAMMAR_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +45,9 @@ class Service:
     price_per_hour: float | None = None  # of the machine, in US dollars
     embeddings: EmbeddingQueue = field(default_factory=EmbeddingQueue)
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
+    # Trying a grammar may take a second: requests with one have threads of their own, or they would hold all others up.
+    grammar_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(GRAMMAR_THREADS))
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the model or the version of Shoal does, so that a seed's promise can be checked."""
-        return "fp_" + hashlib.sha256(f"{shoal.__version__} {self.name}".encode()).hexdigest()[:12]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,12 +79,15 @@ class Service:
 
     def head(self, prefix: str, kind: str, model: str | None = None) -> dict[str, Any]:
         """The fields that open every answer and every streamed event."""
+        name = model or self.name
+        # Changes when the model or the version of Shoal does, so that a seed's promise can be checked.
+        fingerprint = hashlib.sha256(f"{shoal.__version__} {name}".encode()).hexdigest()[:12]
         return {
             "id": f"{prefix}-{new_id()}",
             "object": kind,
             "created": int(time.time()),
-            "model": model or self.name,
-            "system_fingerprint": self.fingerprint,
+            "model": name,
+            "system_fingerprint": f"fp_{fingerprint}",
         }
 
 
@@ -104,10 +110,18 @@ async def whole_answer(
     try:
         if await unless_disconnected(request.receive, collect()):
             return json_response(body())
-        results.count_cancelled()
+        results.metrics.cancelled += 1
         return Response(status_code=499)  # nobody is there to read it
     finally:
         results.cancel()
+
+
+async def in_thread(service: Service, body: SamplingRequest, prepare: Callable[[], T]) -> T:
+    """What `prepare` returns, run in a thread. ApiError 429: too many requests wait there to have grammars tried."""
+    limiter = service.grammar_threads if body.wants_form else None
+    if limiter is not None and limiter.statistics().tasks_waiting > service.worker.max_queue:
+        raise service.worker.busy()
+    return await anyio.to_thread.run_sync(prepare, limiter=limiter)
 
 
 def checked_grammar(service: Service, constraint: Constraint | None) -> str | None:
@@ -123,14 +137,11 @@ def checked_grammar(service: Service, constraint: Constraint | None) -> str | No
 
 @contextlib.contextmanager
 def naming(fields: Mapping[str, str]) -> Iterator[None]:
-    """The engine's name of an argument becomes the client's name of the field that it came from."""
+    """`errors.named` for what the block raises."""
     try:
         yield
     except RequestError as error:
-        field = fields.get(error.param or "")
-        if field is None:
-            raise
-        raise RequestError(field, str(error).removeprefix(f"{error.param}: "), code=error.code) from None
+        raise named(error, fields) from None
 
 
 def usage(service: Service, stats: Sequence[Stats], *, choices_per_prompt: int, reasoning: int = 0) -> dict[str, Any]:
@@ -164,6 +175,7 @@ def timings(stats: Sequence[Stats]) -> dict[str, Any]:
     queue = max(stat.queue_seconds for stat in stats)
     prompt = max(stat.prompt_seconds - stat.queue_seconds for stat in stats)
     decode = max(stat.decode_seconds for stat in stats)
+    later = written - sum(stat.completion_tokens > 0 for stat in stats)  # the first ones come with their prompts
     return {
         "cache_n": sum(stat.cached_tokens for stat in stats),
         "prompt_n": read,
@@ -171,7 +183,7 @@ def timings(stats: Sequence[Stats]) -> dict[str, Any]:
         "prompt_per_second": round(read / prompt, 2) if prompt > 0 else 0.0,
         "predicted_n": written,
         "predicted_ms": _ms(decode),
-        "predicted_per_second": round(written / decode, 2) if decode > 0 else 0.0,
+        "predicted_per_second": round(later / decode, 2) if decode > 0 else 0.0,
         "queue_ms": _ms(queue),
         "machine_ms": _ms(sum(stat.machine_seconds for stat in stats)),
         "draft_n": sum(stat.drafted for stat in stats),

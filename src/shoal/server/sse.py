@@ -56,7 +56,7 @@ class EventStream(Response):
         watch = asyncio.ensure_future(self._watch(work))
         try:
             if await unless_disconnected(receive, work) is None:
-                self._results.count_cancelled()
+                self._results.metrics.cancelled += 1
         finally:
             watch.cancel()
             self._results.cancel()
@@ -81,7 +81,9 @@ class EventStream(Response):
         except StopAsyncIteration:
             pass
         except Exception as error:
-            yield event(as_api_error(error).body())
+            answer = as_api_error(error)
+            self._results.metrics.count_refused(answer)
+            yield event(answer.body())
         yield DONE
 
 

@@ -11,11 +11,11 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from shoal.engine import LLM, Chunk
-from shoal.server.errors import ApiError
+from shoal.server.errors import ApiError, named
 from shoal.server.metrics import Metrics
 
 Piece = tuple[int, Any]  # number of the choice, and what it produced: a Chunk, if it is a generation
@@ -43,9 +43,12 @@ class Results(AsyncIterator[Piece]):
     """What the generations of one request yield, read on the event loop. Ends as they end; raises what one raised.
     `whole`: it comes at once, when all of it is there, so that the steps before cost the event loop nothing."""
 
-    def __init__(self, worker: EngineWorker, generations: Sequence[Work], *, whole: bool = False) -> None:
+    def __init__(
+        self, worker: EngineWorker, generations: Sequence[Work], *, whole: bool, fields: Mapping[str, str]
+    ) -> None:
         self.generations = generations
         self.whole = whole
+        self._fields = fields
         self.failed: Exception | None = None
         self.asked_at = time.perf_counter()
         self.started_at = 0.0
@@ -58,9 +61,9 @@ class Results(AsyncIterator[Piece]):
         self._finished = False
         self._held: list[Any] = []
 
-    def count_cancelled(self) -> None:
-        """The client left before the end."""
-        self._worker.metrics.cancelled += 1
+    @property
+    def metrics(self) -> Metrics:
+        return self._worker.metrics
 
     def cancel(self) -> None:
         """Give up, from any thread: a waiting request leaves the queue, a running one gives its pages back."""
@@ -133,7 +136,7 @@ class Results(AsyncIterator[Piece]):
         item = self._items.popleft()
         if isinstance(item, Exception):
             self._finished = True
-            raise item
+            raise named(item, self._fields)
         if item is _END:
             self._finished = True
             raise StopAsyncIteration
@@ -169,7 +172,7 @@ class EngineWorker:
         self._load = load
         self._on_failure = on_failure
         self._parallel = parallel
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._seconds = seconds
         self.metrics = Metrics()
         self._llm: LLM | None = None
@@ -209,18 +212,25 @@ class EngineWorker:
             raise _unavailable(self.state)
         return self._llm
 
-    def submit(self, generations: Sequence[Work], *, seconds: float | None = None, whole: bool = False) -> Results:
+    def submit(
+        self,
+        generations: Sequence[Work],
+        *,
+        seconds: float | None = None,
+        whole: bool = False,
+        fields: Mapping[str, str] | None = None,
+    ) -> Results:
         """Queue a request; its generations run side by side. `seconds`: less than the server's own limit, if given;
-        `whole`: see `Results`. ApiError 429: the queue is full; 503: not serving."""
-        results = Results(self, generations, whole=whole)
+        `whole`: see `Results`; `fields`: see `errors.named`. ApiError 429: the queue is full; 503: not serving."""
+        results = Results(self, generations, whole=whole, fields=fields or {})
         results.deadline = results.asked_at + min(self._seconds, self._seconds if seconds is None else seconds)
         with self._changed:
             if self.state in ("stopping", "failed"):
                 raise _unavailable(self.state)
             # The thread may not have taken the first ones out of the queue yet: those are as good as running.
             queued = len(self._waiting) - self._num_startable()
-            if queued >= self._max_queue and not self._has_room(len(generations), (*self._running, *self._waiting)):
-                raise self._busy()
+            if queued >= self.max_queue and not self._has_room(len(generations), (*self._running, *self._waiting)):
+                raise self.busy()
             self._waiting.append(results)
             self._changed.notify()
         return results
@@ -242,11 +252,12 @@ class EngineWorker:
         if self.alive and not loading:
             self._thread.join(timeout)
 
-    def _busy(self) -> ApiError:
-        wait = min(60, max(1, round(self._mean_seconds * (self._max_queue / self._parallel + 1))))
+    def busy(self) -> ApiError:
+        """How a request is refused that would have to wait behind too many."""
+        wait = min(60, max(1, round(self._mean_seconds * (self.max_queue / self._parallel + 1))))
         return ApiError(
             429,
-            f"the engine is busy and {self._max_queue} requests wait already; try again in {wait} s",
+            f"the engine is busy and {self.max_queue} requests wait already; try again in {wait} s",
             code="queue_full",
             headers={"retry-after": str(wait)},
         )
@@ -328,7 +339,8 @@ class EngineWorker:
         for results in ended:
             for generation in results.generations:
                 generation.cancel()
-            self._mean_seconds += 0.2 * (time.perf_counter() - results.started_at - self._mean_seconds)
+            if results.started_at:  # else it was late before it ran
+                self._mean_seconds += 0.2 * (time.perf_counter() - results.started_at - self._mean_seconds)
         with self._changed:
             self._running = [results for results in self._running if results not in ended]
 

@@ -93,9 +93,7 @@ class Recorder:
     def close(self) -> None:
         """Write what is left and finish the file. Raises what stopped the recording, and leaves no file then."""
         if self._thread.is_alive():
-            with self._lock:
-                full, self._group, self._rows = self._group, [], 0
-            if full:
+            if full := self._take_group():
                 self._groups.put(full)
             self._groups.put(None)
             self._thread.join()
@@ -131,17 +129,17 @@ class Recorder:
             try:
                 group = self._groups.get(timeout=self._file_seconds / 10 if self._folder else None)
             except queue.Empty:
-                group = []
+                group = self._take_group()  # few rows, but they have waited long enough
             ended = group is None
             try:
                 if self.error is not None:  # go on emptying the queue: nobody may wait for us
                     self._drop(self.error)
                 elif ended:
                     self._finish()
-                elif group:
-                    self._write(group)
                 else:
-                    self._finish_if_old()
+                    if group:
+                        self._write(group)
+                    self._finish_if_due()
             except Exception as error:  # full disk, lost folder
                 self.error = error
                 self._drop(error)
@@ -158,18 +156,16 @@ class Recorder:
         except OSError as error:
             raise FileError(self._path, f"cannot be written: {error.strerror or error}") from error
         self._file_rows += table.num_rows
-        if self._folder and self._file_rows >= FILE_ROWS:
+
+    def _finish_if_due(self) -> None:
+        old = time.monotonic() - self._opened_at >= self._file_seconds
+        if self._folder and (old or self._file_rows >= FILE_ROWS):
             self._finish()
 
-    def _finish_if_old(self) -> None:
-        if self._writer is None and not self._group:
-            return
+    def _take_group(self) -> list[Heard]:
         with self._lock:
             group, self._group, self._rows = self._group, [], 0
-        if group:
-            self._write(group)
-        if self._writer is not None and time.monotonic() - self._opened_at >= self._file_seconds:
-            self._finish()
+        return group
 
     def _open(self, path: Path) -> None:
         out = self._stack.enter_context(atomic_file(path))
@@ -180,11 +176,11 @@ class Recorder:
     def _finish(self) -> None:
         if self._writer is None:
             return
-        writer, self._writer = self._writer, None
         try:
-            writer.close()
+            self._writer.close()
         except OSError as error:
             raise FileError(self._path, f"cannot be written: {error.strerror or error}") from error
+        self._writer = None
         self._stack.close()
 
     def _drop(self, error: Exception) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from shoal.formats.tokenizer import Tokenizer
 from shoal.model import Model, new_cache
@@ -38,7 +38,6 @@ def validation_loss(model: Model, windows: Rows, recipe: Recipe, process: Proces
     return loss / targets_seen if targets_seen else math.nan
 
 
-@torch.no_grad()
 def continue_text(
     model: Model, tokenizer: Tokenizer, *, prompt: str, settings: SampleSettings, seed: int, process: Process
 ) -> str:
@@ -48,24 +47,43 @@ def continue_text(
     if not ids or room < 1:
         return ""
     ids = ids[-room:]
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    cache = new_cache(model.config, batch=1, capacity=len(ids) + settings.max_tokens, device=device)
+    generator = torch.Generator().manual_seed(seed)
     ends = {*model.config.eos_token_id, *tokenizer.eos_token_ids}
-    out: list[int] = []
-    new = ids
-    while len(out) < settings.max_tokens:
-        logits_V = model(torch.tensor([new], device=device), cache=cache, last_only=True)[0, 0].float()
-        if settings.temperature > 0:
-            token = int(torch.multinomial(F.softmax(logits_V / settings.temperature, -1), 1, generator=generator))
+    wanted = write(
+        model, ids, settings.max_tokens, temperature=settings.temperature, generator=generator, process=process
+    )
+    return tokenizer.decode([*itertools.takewhile(lambda token: token not in ends, wanted)], continuing=True)
+
+
+@torch.no_grad()
+def write(
+    model: Model,
+    ids: list[int],
+    most: int,
+    *,
+    temperature: float,
+    generator: torch.Generator,
+    process: Process,
+    among: int | None = None,
+) -> Iterator[int]:
+    """The tokens that the model writes after `ids`, end tokens included: `most` of them, or as many as are asked for.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        among: only tokens below this id.
+    """
+    weight, new = model.model.norm.weight, ids
+    cache = new_cache(model.config, batch=1, capacity=len(ids) + most, dtype=weight.dtype, device=weight.device)
+    for _ in range(most):
+        tokens_BT = torch.tensor([new], device=weight.device)
+        logits_V = model(tokens_BT, cache=cache, last_only=True)[0, 0, :among].float().cpu()
+        if temperature > 0:
+            token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
         else:
             token = int(logits_V.argmax())
         token = process.largest(token if process.leads else -1)  # rounding may differ; going on together may not
-        if token in ends:
-            break
-        out.append(token)
+        yield token
         new = [token]
-    return tokenizer.decode(out, continuing=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from shoal.errors import FileError, UnknownModelError
+from shoal.errors import FileError, ShoalError, UnknownModelError
 from shoal.train.recipe import Recipe
 
 FILE = "recipe.py"
@@ -36,7 +36,7 @@ def find_recipe(name: str) -> Found:
 
     Raises:
         UnknownModelError: there is none of this name (with a did-you-mean).
-        FileError: the file has no function `recipe` that returns a Recipe.
+        FileError: the file cannot be run, or has no function `recipe` that returns a Recipe.
         ConfigError: the recipe is impossible.
     """
     path = _locate(name)
@@ -45,10 +45,14 @@ def find_recipe(name: str) -> Found:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        make = getattr(module, "recipe", None)
+        recipe = make() if callable(make) else None
+    except ShoalError:
+        raise
     except (SyntaxError, ImportError, OSError) as error:
         raise FileError(path, f"cannot be run: {error}") from error
-    make = getattr(module, "recipe", None)
-    recipe = make() if callable(make) else None
+    except Exception as error:  # whatever else is wrong with somebody's Python
+        raise FileError(path, f"cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(recipe, Recipe):
         raise FileError(path, "must define recipe() and return a shoal.train.recipe.Recipe")
     prepare = getattr(module, "prepare", None)

@@ -64,7 +64,7 @@ def read_log(path: Path) -> list[Record]:
 def _end_of(file: IO[bytes], path: Path, step: int) -> int:
     """Where the first line past `step`, or the first half-written one, begins."""
     end = 0
-    for line in file:
+    for number, line in enumerate(file, 1):
         try:
             record = orjson.loads(line) if line.endswith(b"\n") else None
         except orjson.JSONDecodeError:
@@ -72,7 +72,7 @@ def _end_of(file: IO[bytes], path: Path, step: int) -> int:
         if record is None:  # torn by a kill or a power cut: the steps from here on are done again
             return end
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise FileError(path, f"line {file.tell()} is no record of a training log")
+            raise FileError(path, f"line {number} is no record of a training log")
         if record["step"] > step:
             return end
         end += len(line)

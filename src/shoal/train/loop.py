@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shoal.cost.train_flops import train_flops
+from shoal.cost.train_memory import state_bytes
 from shoal.data.shards import INDEX, Shards, open_shards
 from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.atomic import atomic_file, atomic_folder, sole_user
@@ -44,7 +45,8 @@ from shoal.train.requests import Requests
 from shoal.train.schedule import lr_factor
 from shoal.train.tensors import autocast, micro_batches
 
-CHECKPOINTS, MODEL, DATA, LOG, RECIPE = "checkpoints", "model", "data", "log.jsonl", "recipe.json"
+CHECKPOINTS, MODEL, ADAPTER, DATA = "checkpoints", "model", "adapter", "data"
+LOG, RECIPE = "log.jsonl", "recipe.json"
 # Settings that a run cannot change once it has begun: other data in another order, or another network.
 FIXED = ("model.", "tune.", "seed", "sequence_length", "batch", "data.held_out", "optimiser.optimiser")
 
@@ -100,7 +102,7 @@ def train(
         prepare: makes the data if the recipe names no folder.
 
     Raises:
-        ConfigError: the recipe does not fit itself, its data, or the run it is to continue.
+        ConfigError: the recipe does not fit itself, its data, this machine's memory, or the run it is to continue.
         FileError: something on disk is missing, damaged, or in use by another run.
         RunError: the loss is no number, or the disk refuses.
     """
@@ -109,6 +111,7 @@ def train(
     until = recipe.steps if until is None else until
     recipe = replace(recipe, steps=max(recipe.steps, until))
     process.begin(recipe)
+    process.require_memory(held_bytes(recipe))
     try:
         with contextlib.ExitStack() as held:
             with process.in_turn():
@@ -125,6 +128,12 @@ def train(
         steps = checkpoint.steps_in(out / CHECKPOINTS)
         left = f"the same command goes on after step {steps[-1]}" if steps else "no checkpoint was due yet"
         raise RunError(f"{blame}; {left}") from error
+
+
+def held_bytes(recipe: Recipe) -> int:
+    """Bytes of weights, gradients and optimiser state, which a run holds from its first step to its last."""
+    held = state_bytes(recipe.model, optimiser=recipe.optimiser.optimiser, bf16=False)
+    return sum(held.values())
 
 
 class Run:
@@ -155,6 +164,8 @@ class Run:
         self.step = 0
         self.saved = -1
         self._resume()
+        if process.leads:
+            _write_recipe(recipe, self.out)
         self.rate = matrix_rate(torch.bfloat16 if recipe.precision == "bf16" else torch.float32, process.device)
         self.pace = Pace()
         self.log = Log(self.out / LOG, self.step, tensorboard=recipe.tensorboard) if process.leads else None
@@ -180,7 +191,11 @@ class Run:
                     self.save()
                 if stop and self.step < until and not self.finished():
                     return Outcome(self.step, record, signal, None)
-        return Outcome(self.step, record, signal, self._export())
+        try:
+            return Outcome(self.step, record, signal, self._export())
+        except (FileError, OSError) as error:
+            problem = checkpoint.problem_of(error, self.out)
+            raise RunError(f"step {self.step} is saved, but not its model: {problem}") from error
 
     def finished(self) -> bool:
         """Whether the run ends before its last step, for reasons of its own."""
@@ -360,14 +375,18 @@ def claim(recipe: Recipe, out: Path) -> Any:
         raise FileError(out, f"cannot be written: {error.strerror}") from error
     with sole_user(out):
         if not (out / RECIPE).exists():
-            for name in (CHECKPOINTS, MODEL, DATA, LOG):
+            for name in (CHECKPOINTS, MODEL, ADAPTER, DATA, LOG):
                 if (out / name).exists():
                     raise FileError(out / name, f"is here without a {RECIPE}; choose a folder of no other use")
+            _write_recipe(recipe, out)
         checkpoint.clear_leftovers(out)
         checkpoint.clear_leftovers(out / CHECKPOINTS)
-        with atomic_file(out / RECIPE) as file:
-            file.write(orjson.dumps(flatten(recipe), option=orjson.OPT_INDENT_2))
         yield
+
+
+def _write_recipe(recipe: Recipe, out: Path) -> None:
+    with atomic_file(out / RECIPE) as file:
+        file.write(orjson.dumps(flatten(recipe), option=orjson.OPT_INDENT_2))
 
 
 def _where(recipe: Recipe, out: Path) -> Path:

@@ -47,9 +47,9 @@ class LossSettings:
     def __post_init__(self) -> None:
         for name in ("mtp_weight", "balance_weight", "z_weight"):
             if not 0.0 <= getattr(self, name) <= 100.0:
-                raise ConfigError(name, f"must lie between 0 and 100, got {getattr(self, name)!r}")
+                raise ConfigError(f"losses.{name}", f"must lie between 0 and 100, got {getattr(self, name)!r}")
         if not 0.0 <= self.mtp_from <= 1.0:
-            raise ConfigError("mtp_from", f"must lie between 0 and 1, got {self.mtp_from!r}")
+            raise ConfigError("losses.mtp_from", f"must lie between 0 and 1, got {self.mtp_from!r}")
 
     def at(self, step: int, steps: int) -> LossSettings:
         """The settings of step `step` (from 0) of `steps`."""
@@ -150,7 +150,8 @@ def balance_loss(routing: Routing, moe: MoEConfig, num_rows: int) -> Tensor:
     """Sequence-wise balance of one layer (DeepSeek-V3 §2.1.2, eq. 17-20), averaged over the rows of the batch.
 
     Σ_i f_i P_i for every row, where f_i = E / (K T) · (tokens that picked expert i) has no gradient and P_i is the mean
-    over the row of the scores divided by their sum. 1 when even, E / K when all tokens pick the same experts.
+    over the row of the scores divided by their sum. 1 when even, E / K when all tokens pick the same experts. Counted
+    are the picks as they were made, the router's bias included; the paper's eq. 18 counts the K largest scores without.
     """
     experts, picked = moe.n_routed_experts, moe.num_experts_per_tok
     scores_BTE = routing.scores_TE.view(num_rows, -1, experts)

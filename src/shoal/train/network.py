@@ -21,12 +21,16 @@ def make_model(recipe: Recipe, process: Process) -> Model:
         assert isinstance(layer, Block)
         if recipe.compile:
             compile_layer(layer, by_hand=process.device.type == "cpu", alone=process.world == 1)
-        if recipe.activation_checkpointing:
-            # Nothing in a layer draws random numbers, so there is no random state to keep.
-            layer.forward = functools.partial(  # type: ignore[method-assign]
-                recompute, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
+    if recipe.activation_checkpointing:
+        recompute_layers(model)
     return model
+
+
+def recompute_layers(model: Model) -> None:
+    """Let layers forget their activations and make them again in the backward pass."""
+    for layer in model.model.layers:
+        # Nothing in a layer draws random numbers, so there is no random state to keep.
+        layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def compile_layer(layer: Block, *, by_hand: bool, alone: bool) -> None:

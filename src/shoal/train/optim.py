@@ -51,7 +51,7 @@ class OptimiserSettings:
 
     def __post_init__(self) -> None:
         if self.optimiser not in OPTIMISERS:
-            raise ConfigError("optimiser", f"{self.optimiser!r} is not one of {', '.join(OPTIMISERS)}")
+            raise ConfigError("optimiser.optimiser", f"{self.optimiser!r} is not one of {', '.join(OPTIMISERS)}")
         for name, low, high in (
             ("lr", 0.0, 10.0),
             ("eps", 0.0, 1.0),
@@ -59,10 +59,12 @@ class OptimiserSettings:
             ("muon_steps", 1, 50),
         ):
             if not low <= getattr(self, name) <= high:
-                raise ConfigError(name, f"must lie between {low} and {high}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"optimiser.{name}", f"must lie between {low} and {high}, got {getattr(self, name)!r}"
+                )
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(name, f"must lie between 0 and 1, got {getattr(self, name)!r}")
+                raise ConfigError(f"optimiser.{name}", f"must lie between 0 and 1, got {getattr(self, name)!r}")
 
 
 def make_optimisers(model: Model, settings: OptimiserSettings) -> list[torch.optim.Optimizer]:

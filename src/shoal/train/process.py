@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shoal import settings
 from shoal.config import ModelConfig
 from shoal.errors import ConfigError
+from shoal.machine import available_bytes
 from shoal.model import Model, random_model
 from shoal.train import checkpoint
 from shoal.train.checkpoint import Saved, Say, State
@@ -51,6 +52,16 @@ class Process:
         if place is not None and place.world != self.world:
             raise ConfigError("WORLD_SIZE", f"is {place.world}, but this takes one process; start it without torchrun")
         recipe.check_world(self.world)
+
+    def require_memory(self, needed: int) -> None:
+        """Raise ConfigError, with the numbers, if a run that takes `needed` bytes at the very least cannot fit.
+
+        Only a process alone with the machine's own memory can tell.
+        """
+        left = available_bytes()
+        if self.world == 1 and self.device.type == "cpu" and needed > left:
+            problem = f"takes at least {needed / 1e9:.2f} GB of memory to train, {left / 1e9:.2f} GB are available"
+            raise ConfigError("model", problem)
 
     def make(self, config: ModelConfig, seed: int) -> Model:
         """This process's part of a freshly drawn model, on its device; the same model for any number of processes."""

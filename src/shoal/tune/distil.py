@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ from shoal.engine import LLM
 from shoal.errors import ConfigError
 from shoal.formats.chat_answers import Tokens
 from shoal.formats.checkpoint import open_checkpoint
-from shoal.model import Model, new_cache
 from shoal.train.batches import IGNORE, Batch
+from shoal.train.evaluate import write
 from shoal.train.log import Record
 from shoal.train.loop import Observer, Outcome, claim
 from shoal.train.losses import Losses, TextBatch, linear_cross_entropy
@@ -73,9 +73,15 @@ class DistilSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DistilRecipe(TuneRecipe):
-    """A complete distillation: a tuning run of the student with a teacher beside it."""
+    """A complete distillation: a tuning run of the student with a teacher beside it. On logits and on-policy, its
+    divergence is the whole loss: `losses.*` has no meaning there."""
 
     distil: DistilSettings = field(default_factory=DistilSettings)
+
+
+def with_teacher(recipe: TuneRecipe, settings: DistilSettings) -> DistilRecipe:
+    """A tuning recipe with a teacher beside it."""
+    return DistilRecipe(**{one.name: getattr(recipe, one.name) for one in fields(recipe)}, distil=settings)
 
 
 def distil(recipe: DistilRecipe, out: Path, data: Data, teacher: LLM, observer: Observer) -> Outcome:
@@ -95,16 +101,27 @@ def distil(recipe: DistilRecipe, out: Path, data: Data, teacher: LLM, observer: 
             run.close()
 
 
+def shared_tokens(teacher: LLM, recipe: DistilRecipe) -> int:
+    """How many tokens both models score. Models of one tokenizer fill their embeddings up to different sizes; the rows
+    past the smaller one belong to no token and are left out of every comparison."""
+    return min(teacher.config.vocab_size, recipe.model.vocab_size)
+
+
 class DistilRun(TuneRun):
     """What both have in common: a teacher, and the head that turns states into logits."""
 
     def __init__(self, recipe: DistilRecipe, out: Path, data: Data, teacher: LLM, observer: Observer) -> None:
         self.settings, self.teacher = recipe.distil, teacher
+        self.shared = shared_tokens(teacher, recipe)
         super().__init__(recipe, out, data, observer)
 
     def _head(self) -> Tensor:
         model = self.model
         return model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+
+    def _shared_head(self) -> Tensor:
+        head_VD = self._head()
+        return head_VD if len(head_VD) == self.shared else head_VD[: self.shared]
 
     def _given(self, hidden_XD: Tensor, targets_BT: Tensor) -> Tensor:
         """Σ cross-entropy of the tokens that are there."""
@@ -126,10 +143,11 @@ class LogitsRun(DistilRun):
 
     def __init__(self, recipe: DistilRecipe, out: Path, data: Data, teacher: LLM, observer: Observer) -> None:
         key = hashlib.sha256(f"{data.digest} {recipe.distil.teacher} {recipe.sequence_length}".encode()).hexdigest()
-        folder, top = out / LOGITS, min(recipe.distil.top, recipe.model.vocab_size)
+        folder, shared = out / LOGITS, shared_tokens(teacher, recipe)
+        top = min(recipe.distil.top, shared)
         if not folder.exists():
             observer.note(f"the teacher reads {len(data.rows)} rows")
-            write_logits(teacher, data.rows, folder, top=top, key=key)
+            write_logits(teacher, data.rows, folder, top=top, among=shared, key=key)
         self.logits = open_logits(folder, data.rows, top=top, key=key)
         self.waiting: Iterator[int] = iter(())
         super().__init__(recipe, out, data, teacher, observer)
@@ -141,10 +159,12 @@ class LogitsRun(DistilRun):
 
     def losses(self, micro: TextBatch, num_targets: Tensor) -> Losses:
         kept = [self.logits.row(next(self.waiting)) for _ in range(len(micro.tokens_BT))]
-        ids_XK = torch.from_numpy(np.concatenate([ids for ids, _ in kept]).astype(np.int64))
+        ids_XK = torch.from_numpy(np.concatenate([ids for ids, _ in kept]).astype(np.int64)).to(self.process.device)
         logprobs_XK = torch.from_numpy(np.concatenate([values for _, values in kept]).astype(np.float32))
         hidden_XD, account = self._states(micro)
-        divergence = kept_divergence(hidden_XD, self._head(), ids_XK, logprobs_XK) / num_targets
+        divergence = (
+            kept_divergence(hidden_XD, self._shared_head(), ids_XK, logprobs_XK.to(ids_XK.device)) / num_targets
+        )
         given = self._given(hidden_XD, micro.targets_BT) / num_targets
         total = (1 - self.settings.given) * divergence + self.settings.given * given
         parts = {"next": given.detach(), "divergence": divergence.detach()}
@@ -162,23 +182,23 @@ class OnPolicyRun(DistilRun):
 
     def losses(self, micro: TextBatch, num_targets: Tensor) -> Losses:
         hidden_XD, account = self._states(micro)
-        divergence = reverse_divergence(hidden_XD, self._head(), self._opinion(micro)) / num_targets
+        divergence = reverse_divergence(hidden_XD, self._shared_head(), self._opinion(micro)) / num_targets
         with torch.no_grad():
             own = self._given(hidden_XD, micro.targets_BT) / num_targets
         return account._replace(total=divergence, parts={"next": own, "divergence": divergence.detach()})
 
     def _opinion(self, micro: TextBatch) -> Tensor:
-        """The teacher's log-probabilities at the learnt targets, [X, V]."""
+        """The teacher's log-probabilities of the shared tokens at the learnt targets, [X, V]."""
         assert micro.documents_BT is not None
         out = []
-        batch = Batch(*(part.numpy() for part in (micro.tokens_BT, micro.targets_BT, micro.documents_BT)))
+        batch = Batch(*(part.cpu().numpy() for part in (micro.tokens_BT, micro.targets_BT, micro.documents_BT)))
         for b in range(len(batch.tokens_BT)):
             for begin, end in spans(batch.documents_BT[b]):
                 wanted = np.flatnonzero(batch.targets_BT[b, begin:end] != IGNORE)
                 if len(wanted):
-                    logits = self.teacher.logits(batch.tokens_BT[b, begin:end].tolist())[wanted]
+                    logits = self.teacher.logits(batch.tokens_BT[b, begin:end].tolist())[wanted, : self.shared]
                     out.append(torch.from_numpy(logits).log_softmax(-1))
-        return torch.cat(out)
+        return torch.cat(out).to(self.process.device)
 
 
 def questions_of(data: Data, room: int) -> list[list[int]]:
@@ -201,36 +221,26 @@ class SampledBatches:
         self.run = run
 
     def batch_at(self, step: int, *, rank: int = 0, world: int = 1) -> Batch:
-        run, settings = self.run, self.run.settings
-        generator = torch.Generator().manual_seed(run.recipe.seed * 1_000_003 + step)
+        run = self.run
+        generator = torch.Generator().manual_seed((run.recipe.seed * 1_000_003 + step) % (1 << 63))
         sequences: list[Tokens] = []
         while len(sequences) < run.recipe.batch:
             question = run.questions[int(torch.randint(len(run.questions), (), generator=generator))]
-            answer = sample(run.model, question, run.ends, settings, generator)
+            answer = list(self._answer(question, generator))
             sequences.append(Tokens([*question, *answer], [False] * len(question) + [True] * len(answer)))
         rows = pack(sequences, run.recipe.sequence_length, pad=0)
         return rows.read(list(range(len(rows))))
 
-
-@torch.no_grad()
-def sample(
-    model: Model, question: list[int], ends: set[int], settings: DistilSettings, generator: torch.Generator
-) -> list[int]:
-    """What the student writes, its end token included if it came to one."""
-    cache = new_cache(
-        model.config, batch=1, capacity=len(question) + settings.max_tokens, dtype=model.model.norm.weight.dtype
-    )
-    out: list[int] = []
-    new = question
-    while len(out) < settings.max_tokens and (not out or out[-1] not in ends):
-        logits_V = model(torch.tensor([new]), cache=cache, last_only=True)[0, 0].float()
-        if settings.temperature > 0:
-            token = int(torch.multinomial((logits_V / settings.temperature).softmax(-1), 1, generator=generator))
-        else:
-            token = int(logits_V.argmax())
-        out.append(token)
-        new = [token]
-    return out
+    def _answer(self, question: list[int], generator: torch.Generator) -> Iterator[int]:
+        """What the student writes, its end token included if it came to one."""
+        run, settings = self.run, self.run.settings
+        for token in write(
+            run.model, question, settings.max_tokens, temperature=settings.temperature, generator=generator,
+            process=run.process, among=run.shared,
+        ):  # fmt: skip
+            yield token
+            if token in run.ends:
+                return
 
 
 def open_teacher(name: str, *, max_context: int, threads: int | None = None) -> LLM:

@@ -178,6 +178,8 @@ def _from_sharegpt(record: Json) -> dict[str, Any]:
             raise _BadFieldError(f"{where}.from", f"{speaker!r} is not one of {', '.join(_SPEAKERS)}")
         if not isinstance(text, str):
             raise _BadFieldError(f"{where}.value", "must be text")
+        if turn.get("weight", 1) not in (0, 1):
+            raise _BadFieldError(f"{where}.weight", "must be 0 or 1")
         message = {"role": _SPEAKERS[speaker.lower()], "content": text}
         messages.append({**message, "weight": turn["weight"]} if "weight" in turn else message)
     return {"messages": _with_answer(messages, "conversations")}

@@ -89,7 +89,7 @@ def quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     high = 2 ** (bits - 1) - 1
     padded = F.pad(rows, (0, -rows.shape[1] % GROUP)).view(len(rows), -1, GROUP)
     scales = (padded.abs().amax(-1) / high).half()
-    steps = scales.float().clamp(min=torch.finfo(torch.float16).tiny)
+    steps = scales.float().masked_fill(scales == 0, 1.0)
     codes = (padded / steps[..., None]).round().clamp(-high, high).to(torch.int8).flatten(1)
     if bits == 4:
         codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)

@@ -27,7 +27,8 @@ class TuneSettings:
     probe_rows: packed rows that the placement looks at.
     probes: the highest rank that it gives.
     expert_share: share of a layer's gate weight whose experts may get adapters.
-    patience: validations without improvement that end the run (0: never); the best weights are kept.
+    patience: validations without improvement that end the run (0: never).
+    keep_best: keep the weights of the best validation in every checkpoint, and write those at the end, not the last.
     """
 
     model: str
@@ -62,6 +63,11 @@ class TuneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecipe(Recipe):
-    """A complete tuning run. Of the training settings, `data.*` has no meaning here."""
+    """A complete tuning run. Of the training settings, `data.*` has no meaning here, and `compile` is refused."""
 
     tune: TuneSettings = field(default_factory=lambda: TuneSettings(model="", data=""))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile:
+            raise ConfigError("compile", "is for training from text; adapters and frozen weights run as they are")

@@ -31,11 +31,12 @@ from shoal.formats.tokenizer import check_fits
 from shoal.model import Model, as_checkpoint, load_model
 from shoal.train import state
 from shoal.train.batches import Batch, Batches, permute
-from shoal.train.checkpoint import Saved, State
+from shoal.train.checkpoint import Saved, State, steps_in
 from shoal.train.evaluate import NEXT_ONLY
 from shoal.train.log import Record
-from shoal.train.loop import MODEL, Observer, Outcome, Run, claim
+from shoal.train.loop import ADAPTER, CHECKPOINTS, MODEL, Observer, Outcome, Run, claim, file_digest, held_bytes
 from shoal.train.losses import language_loss
+from shoal.train.network import recompute_layers
 from shoal.train.optim import OptimiserSettings
 from shoal.train.process import Process
 from shoal.train.recipe import (
@@ -49,12 +50,12 @@ from shoal.train.replace import replaced
 from shoal.train.tensors import autocast, to_device
 from shoal.tune.adapters import as_adapter, attach, factors_of, targets
 from shoal.tune.examples import Example, read_examples
-from shoal.tune.frozen import load_base
+from shoal.tune.frozen import BITS, GROUP, load_base
 from shoal.tune.placement import parse_budget, place, probe, summarise, uniform_ranks
 from shoal.tune.recipe import TuneRecipe, TuneSettings
 from shoal.tune.tokens import Report, Rows, encode_examples, pack
 
-ADAPTER, PLACEMENT = "adapter", "placement.json"
+PLACEMENT = "placement.json"
 LEARNING_RATES = {"adapters": 1e-3, "lora": 1e-3, "full": 5e-5}
 
 
@@ -98,20 +99,19 @@ class Data:
             examples, held_out = hold_out(examples, tune.held_out, recipe.seed)
             where = tune.data
         self.rows, self.report = self._rows(examples, tune.data, recipe.sequence_length)
-        self.held_out = self._rows(held_out, where, recipe.sequence_length)[0] if held_out else None
-        if not len(self.rows):
-            raise ConfigError("sequence_length", f"{recipe.sequence_length} leaves no answer in {tune.data}")
-        self.digest = hashlib.sha256(b"".join(file_digest(Path(p)) for p in (tune.data, where))).hexdigest()
+        kept = self._rows(held_out, where, recipe.sequence_length)[0]
+        if not len(self.rows) or (tune.validation is not None and not len(kept)):
+            empty = where if len(self.rows) else tune.data
+            raise ConfigError("sequence_length", f"{recipe.sequence_length} leaves no answer in {empty}")
+        self.held_out = kept if len(kept) else None
+        digests = (bytes.fromhex(file_digest(Path(path))) for path in (tune.data, where))
+        self.digest = hashlib.sha256(b"".join(digests)).hexdigest()
 
     def _rows(self, examples: list[Example], where: str, length: int) -> tuple[Rows, Report]:
         sequences, report = encode_examples(
             examples, self.tokenizer, self.chat, where=where, max_tokens=length, ends=self.ends
         )
         return pack(sequences, length, pad=self.tokenizer.pad_token_id or 0), report
-
-
-def file_digest(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -151,6 +151,13 @@ def tune(recipe: TuneRecipe, out: Path, data: Data, observer: Observer, *, until
             run.close()
 
 
+def base_bytes(recipe: TuneRecipe) -> int:
+    """Bytes of the frozen weights, at the least."""
+    whole = 2.0 if recipe.precision == "bf16" else 4.0
+    each = BITS[recipe.tune.base] / 8 + 2 / GROUP if recipe.tune.base in BITS else whole
+    return int(count_params(recipe.model) * each)
+
+
 class TuneRun(Run):
     """A tuning run in memory.
 
@@ -165,7 +172,12 @@ class TuneRun(Run):
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.waited = math.inf, 0
         self.source = open_checkpoint(hub.resolve(recipe.tune.model))
+        if self.source.config != recipe.model:
+            raise ConfigError("model", f"is not that of {recipe.tune.model}, whose settings tuning cannot change")
+        self.process.require_memory(held_bytes(recipe) if recipe.tune.method == "full" else base_bytes(recipe))
         model = self._model()
+        if recipe.activation_checkpointing:
+            recompute_layers(model)
         batches = Batches(windows=data.rows, batch=recipe.batch, seed=recipe.seed)
         self._begin(model, batches, data.held_out, data.digest)
 
@@ -180,11 +192,14 @@ class TuneRun(Run):
             return self.process.wrap(load_model(self.source))
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         model = self.process.wrap(load_base(self.source, weights=tune.base, dtype=dtype))
+        if tune.base != "keep":
+            attach(model, {})  # a stack in few bits runs expert by expert only
         shapes = targets(model)
         budget = parse_budget(tune.budget, count_params(recipe.model))
         path = self.out / PLACEMENT
         generator = torch.Generator().manual_seed(recipe.seed)
-        if path.exists():  # an earlier start has placed them; their values come from the checkpoint
+        if path.exists() and steps_in(self.out / CHECKPOINTS):
+            # An earlier start has placed them, and their values come from the checkpoint.
             attach(model, _read_placement(path), scale=tune.scale)
             return model.to(self.process.device)
         if tune.method == "lora":
@@ -241,11 +256,12 @@ class TuneRun(Run):
     def _measure(self, record: Record, until: int) -> None:
         super()._measure(record, until)
         loss = record.get("val_loss")
-        if loss is None or not self.recipe.tune.keep_best:
+        if loss is None:
             return
         if loss < self.best_loss:
             self.best_loss, self.waited = loss, 0
-            self.best = {name: value.detach().clone() for name, value in state.changing(self.model).items()}
+            if self.recipe.tune.keep_best:
+                self.best = {name: value.detach().clone() for name, value in state.changing(self.model).items()}
         else:
             self.waited += 1
         record["best_loss"] = self.best_loss
@@ -257,13 +273,15 @@ class TuneRun(Run):
         return {**super()._state(), **({"best": self.best} if self.best else {})}
 
     def _meta(self) -> dict[str, Any]:
-        best = self.best_loss if self.best else None
+        best = self.best_loss if math.isfinite(self.best_loss) else None
         return {**super()._meta(), "best_loss": best, "waited": self.waited}
 
     def _restored(self, saved: Saved) -> None:
         if "best" in saved.parts:
             self.best = saved.tensors("best")
-            self.best_loss, self.waited = float(saved.meta["best_loss"]), int(saved.meta["waited"])
+        if saved.meta["best_loss"] is not None:
+            self.best_loss = float(saved.meta["best_loss"])
+        self.waited = int(saved.meta["waited"])
 
     def _export(self) -> Path:
         """Write the best weights that a validation saw, or the last ones if there was none."""

@@ -81,8 +81,11 @@ def write_answers(
 
     Returns:
         Examples answered and accepted, over the whole file.
+
+    Raises:
+        FileError: the started file is of other examples.
     """
-    done = _answered(path)
+    done = _answered(path, examples)
     accepted = sum(done.values())
     params = params or SamplingParams(temperature=0.0)
     with path.open("ab") as file:
@@ -101,7 +104,7 @@ def write_answers(
     return len(examples), accepted
 
 
-def _answered(path: Path) -> dict[int, bool]:
+def _answered(path: Path, examples: Sequence[Example]) -> dict[int, bool]:
     """Examples that have a line already; a half-written last line is cut off."""
     if not path.exists():
         return {}
@@ -111,11 +114,17 @@ def _answered(path: Path) -> dict[int, bool]:
         try:
             record = orjson.loads(line) if line.endswith(b"\n") else None
             assert record is not None
-            out[int(record["example"])] = bool(record["accepted"])
+            number = int(record["example"])
+            out[number] = bool(record["accepted"])
+            same = number < len(examples)
+            if same and out[number]:
+                same = _question(record) == _question(_record(examples[number], ""))
         except (orjson.JSONDecodeError, AssertionError):
             break
         except (KeyError, TypeError, ValueError):
             raise FileError(path, "is no file of a teacher's answers") from None
+        if not same:
+            raise FileError(path, f"answers another example {number} than the data holds; remove it to start anew")
         end += len(line)
     if end < len(data):
         with path.open("r+b") as file:
@@ -140,6 +149,11 @@ def question_of(example: Example) -> list[Any]:
     """The conversation before its last answer; empty for plain text."""
     last = max((i for i, m in enumerate(example.messages) if m["role"] == "assistant"), default=0)
     return list(example.messages[:last])
+
+
+def _question(record: dict[str, Any]) -> Any:
+    """What a line of `_record` answers."""
+    return record["messages"][:-1] if "messages" in record else record["prompt"]
 
 
 def _record(example: Example, answer: str) -> dict[str, Any]:
@@ -167,11 +181,13 @@ class TeacherLogits:
 
 
 def write_logits(
-    teacher: LLM, rows: Rows, folder: Path, *, top: int, key: str, progress: Progress | None = None
-) -> None:
+    teacher: LLM, rows: Rows, folder: Path, *, top: int, key: str, among: int | None = None,
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
     """Run the teacher over the documents of packed rows and keep the `top` likeliest tokens at each learnt target.
 
     Args:
+        among: only tokens below this id, those that the student knows too.
         key: names data and teacher; `open_logits` refuses another one.
     """
     count = int((rows.targets != IGNORE).sum())
@@ -183,7 +199,8 @@ def write_logits(
             for begin, end in spans(rows.documents[b]):
                 wanted = np.flatnonzero(rows.targets[b, begin:end] != IGNORE)
                 if len(wanted):
-                    kept = likeliest(teacher.logits(rows.tokens[b, begin:end].tolist())[wanted], top)
+                    logits = teacher.logits(rows.tokens[b, begin:end].tolist())[wanted, :among]
+                    kept = likeliest(logits, top)
                     ids[at : at + len(wanted)], logprobs[at : at + len(wanted)] = kept
                     at += len(wanted)
             if progress is not None:

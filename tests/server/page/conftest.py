@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.server.conftest import Running, running, wait_for
+from tests.server.conftest import FakeLLM, Running, running, wait_for
 from tests.trace.tiny import tiny_folder
 
 from shoal import LLM
+from shoal.server.page import routes
 
+FACTS = {
+    "model": "fake", "model_type": "llama", "num_hidden_layers": 2, "max_context": 100, "chat": True, "experts": None,
+    "temperature": None,
+    "cache": {"bytes_per_token": 100, "full_bytes_per_token": 300, "tokens": 1000, "tokens_in_use": 0},
+}  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -81,3 +88,31 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     llm = LLM(tiny_folder(tmp_path_factory.mktemp("browser") / "tiny"), threads=1)
     with running(lambda: llm) as box:
         yield box
+
+
+@pytest.fixture(autouse=True)
+def facts_of_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripted engine has no configuration to compute numbers from."""
+    real = routes.facts
+    monkeypatch.setattr(routes, "facts", lambda llm, name: FACTS if isinstance(llm, FakeLLM) else real(llm, name))
+
+
+@pytest.fixture
+def url(server: Running) -> str:
+    server.llm.max_context = 5000
+    return server.url
+
+
+class Gate:
+    """Lets a scripted answer go on only as far as a test wants to see it."""
+
+    def __init__(self, llm: FakeLLM, hold_at: int) -> None:
+        self.open = threading.Event()
+        self.reached = threading.Event()
+
+        def wait(produced: int) -> None:
+            if produced >= hold_at and not self.open.is_set():
+                self.reached.set()
+                self.open.wait(10)
+
+        llm.before_token = wait

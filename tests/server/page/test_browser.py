@@ -3,51 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
 import pytest
-from tests.server.conftest import FakeLLM, Running, wait_for
-from tests.server.page.conftest import Tab
-
-from shoal.server.page import routes
+from tests.server.conftest import Running, wait_for
+from tests.server.page.conftest import FACTS, Gate, Tab
 
 Open = Callable[..., Tab]
-FACTS = {
-    "model": "fake", "model_type": "llama", "num_hidden_layers": 2, "max_context": 100, "chat": True, "experts": None,
-    "temperature": None,
-    "cache": {"bytes_per_token": 100, "full_bytes_per_token": 300, "tokens": 1000, "tokens_in_use": 0},
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def facts_of_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripted engine has no configuration to compute numbers from."""
-    real = routes.facts
-    monkeypatch.setattr(routes, "facts", lambda llm, name: FACTS if isinstance(llm, FakeLLM) else real(llm, name))
-
-
-@pytest.fixture
-def url(server: Running) -> str:
-    server.llm.max_context = 5000
-    return server.url
-
-
-class Gate:
-    """Lets a scripted answer go on only as far as a test wants to see it."""
-
-    def __init__(self, llm: FakeLLM, hold_at: int) -> None:
-        self.open = threading.Event()
-        self.reached = threading.Event()
-
-        def wait(produced: int) -> None:
-            if produced >= hold_at and not self.open.is_set():
-                self.reached.set()
-                self.open.wait(10)
-
-        llm.before_token = wait
 
 
 def test_an_answer_streams_and_nothing_is_asked_of_anybody_else(server: Running, url: str, tab: Open) -> None:
@@ -62,6 +26,8 @@ def test_an_answer_streams_and_nothing_is_asked_of_anybody_else(server: Running,
     gate.open.set()
     assert one.answer() == "One two three"
     assert one.page.inner_text(".message.assistant strong") == "two"
+    facts = one.page.inner_text(".message.assistant .actions .fine")
+    assert facts == "17 tokens, 160 a second", "as the server's clock has it: tokens may arrive in one piece"
     assert one.page.inner_text("#status").startswith("Answer: One")
     assert server.llm.messages == [{"role": "user", "content": "Count"}]
     assert all(request.startswith(url) for request in one.requests)

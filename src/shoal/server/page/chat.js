@@ -1,6 +1,6 @@
 // The conversation: messages, the composer, and one answer at a time.
 
-import { $, announce, copyText, eachFrame, h, notice } from "./dom.js";
+import { $, announce, catchFocus, copyText, eachFrame, h, notice } from "./dom.js";
 import { stream } from "./api.js";
 import { render } from "./markdown.js";
 
@@ -116,15 +116,20 @@ export class Chat {
     const article = $("messages").lastChild;
     article.classList.add("writing");
     const paint = eachFrame(() => this.paint(article, reply));
-    const done = await follow(stream("/v1/chat/completions", body, this.running.signal), app, (choice) => {
+    const take = (choice) => {
       reply.content += choice.delta?.content ?? "";
       if (choice.delta?.reasoning_content) reply.reasoning = (reply.reasoning ?? "") + choice.delta.reasoning_content;
       paint();
-    });
+    };
+    const again = () => {
+      const at = conversation.messages.indexOf(reply); // gone if nothing of it had come
+      if (this.conversation === conversation && !this.running) this.regenerate(at < 0 ? conversation.messages.length : at);
+    };
+    const done = await follow(stream("/v1/chat/completions", body, this.running.signal), app, take, again);
     reply.facts = done.facts;
     if (!reply.content && !reply.reasoning) conversation.messages.splice(conversation.messages.indexOf(reply), 1);
     this.busy(null);
-    if (this.conversation === conversation) { this.keepPlace(() => this.show()); $("question").focus(); }
+    if (this.conversation === conversation) { this.keepPlace(() => this.show()); catchFocus($("question")); }
     announce(done.error ?? `${done.stopped ? "Stopped." : "Answer:"} ${reply.content.slice(0, 800)}`);
     this.onChange();
   }
@@ -154,23 +159,23 @@ export class Chat {
   }
 }
 
-/** Reads a stream to its end: choices go to `take`, routing to the experts; says what to show beside the text. */
-export async function follow(events, app, take) {
-  const started = performance.now();
-  let first = 0, usage = null, tokens = 0;
+/** Reads a stream to its end: choices go to `take`, routing to the experts; says what to show beside the text. A failure
+ * is shown, with the offer to do it `again`. */
+export async function follow(events, app, take, again) {
+  let usage = null, timings = null, tokens = 0;
   const facts = () => {
     const count = usage?.completion_tokens ?? tokens;
-    const seconds = (performance.now() - (first || started)) / 1000;
     const cached = usage?.prompt_tokens_details?.cached_tokens;
-    return `${count} token${count === 1 ? "" : "s"}${count > 1 ? `, ${((count - 1) / Math.max(seconds, 1e-3)).toFixed(0)} a second` : ""}${cached ? `, ${cached} of the prompt from the cache` : ""}`;
+    return `${count} token${count === 1 ? "" : "s"}${timings && count > 1 ? `, ${timings.predicted_per_second.toFixed(0)} a second` : ""}${cached ? `, ${cached} of the prompt from the cache` : ""}`;
   };
   app.experts.reset();
   try {
     for await (const event of events) {
       if (event.usage) { usage = event.usage; app.experts.setLength(usage.total_tokens); }
+      timings = event.timings ?? timings;
       if (event.routing) app.experts.add(event.routing);
       for (const choice of event.choices ?? []) {
-        if (choice.text || choice.delta?.content || choice.delta?.reasoning_content) { first ||= performance.now(); tokens += 1; }
+        if (choice.text || choice.delta?.content || choice.delta?.reasoning_content) tokens += 1;
         take(choice);
       }
     }
@@ -180,7 +185,7 @@ export async function follow(events, app, take) {
     app.refresh();
     if (error.name === "AbortError") return { stopped: true, facts: `${facts()}, stopped` };
     const text = error.status === 401 ? "The server wants an API key: enter it in the settings." : error instanceof TypeError ? "The server cannot be reached." : error.message;
-    notice(text);
+    notice(text, again);
     return { error: text, facts: tokens ? facts() : "" };
   }
 }

@@ -1,6 +1,6 @@
 // The playground: text in, more text out, or what belongs between two texts.
 
-import { $, announce, eachFrame, notice } from "./dom.js";
+import { $, announce, catchFocus, eachFrame, notice } from "./dom.js";
 import { stream } from "./api.js";
 import { follow } from "./chat.js";
 
@@ -26,11 +26,10 @@ export class Complete {
     if (this.running || !prompt) return;
     notice("");
     const { app } = this;
-    const sampling = app.sampling();
     const facts = (this.suffix && app.facts?.code) || app.facts;
     if (facts) app.experts.setFacts(facts);
     const body = {
-      model: facts?.model, prompt, max_tokens: 128, ...sampling, stream_options: { include_usage: true },
+      model: facts?.model, prompt, max_tokens: 128, ...app.sampling(facts), stream_options: { include_usage: true },
       ...(this.suffix ? { suffix: this.suffix } : {}), ...(facts?.experts ? { routing: true } : {}),
     };
     let text = "";
@@ -40,9 +39,9 @@ export class Complete {
     this.busy(new AbortController());
     announce("Writing");
     const paint = eachFrame(() => { result.textContent = text; result.scrollTop = result.scrollHeight; });
-    const done = await follow(stream("/v1/completions", body, this.running.signal), app, (choice) => { text += choice.text ?? ""; paint(); });
+    const done = await follow(stream("/v1/completions", body, this.running.signal), app, (choice) => { text += choice.text ?? ""; paint(); }, () => this.run());
     result.textContent = text;
-    $("result-facts").textContent = done.facts;
+    $("result-facts").textContent = [facts === app.facts?.code && facts?.model, done.facts].filter(Boolean).join(": ");
     this.busy(null);
     $("complete-take").disabled = !text;
     announce(done.error ?? `${done.stopped ? "Stopped." : "Result:"} ${text.slice(0, 800)}`);
@@ -60,7 +59,6 @@ export class Complete {
     this.running = controller;
     $("complete-send").hidden = Boolean(controller);
     $("complete-stop").hidden = !controller;
-    if (controller) $("complete-stop").focus();
-    else if (document.activeElement === document.body) $("complete-send").focus();
+    catchFocus($(controller ? "complete-stop" : "complete-send"));
   }
 }

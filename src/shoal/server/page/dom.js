@@ -19,10 +19,18 @@ export function announce(text) {
   $("status").textContent = text;
 }
 
-export function notice(text) {
+/** `again` is what to do on “Try again”. */
+export function notice(text, again = null) {
   const box = $("notice");
+  const button = (name, act) => h("button", { type: "button", class: "quiet", onclick: () => { notice(""); act?.(); } }, name);
   box.hidden = !text;
-  box.replaceChildren(...(text ? [h("span", {}, text), h("button", { type: "button", class: "quiet", onclick: () => notice("") }, "Dismiss")] : []));
+  box.replaceChildren(...(text ? [h("span", {}, text), h("span", { class: "row" }, again && button("Try again", again), button("Dismiss"))] : []));
+}
+
+/** Gives the focus to `element` if what had it is gone or hidden, and takes it from nothing else. */
+export function catchFocus(element) {
+  const active = document.activeElement;
+  if (!active || active === document.body || active.hidden) element.focus();
 }
 
 export async function copyText(text, button) {

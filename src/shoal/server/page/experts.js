@@ -17,7 +17,7 @@ export class ExpertView {
   get count() { return this.facts?.experts?.n_routed_experts ?? 0; }
 
   setFacts(facts) {
-    const known = this.facts && JSON.stringify(this.facts.experts) === JSON.stringify(facts.experts);
+    const known = this.facts?.model === facts.model && JSON.stringify(this.facts.experts) === JSON.stringify(facts.experts);
     this.facts = facts;
     if (!known) this.build();
     this.draw();
@@ -167,6 +167,8 @@ export class ExpertView {
     const colours = { stops, pick: getComputedStyle(this.picked).borderTopColor, ink: style.color };
     const evenness = this.layers.map((_, l) => this.updateRow(l, colours));
     this.updateNumbers(evenness);
+    // Read out when somebody moves about here, not with every token that comes.
+    this.detail.setAttribute("aria-live", this.root.contains(document.activeElement) ? "polite" : "off");
     this.detail.textContent = this.describe();
   }
 

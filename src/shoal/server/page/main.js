@@ -5,7 +5,7 @@ import { getJson, key } from "./api.js";
 import { Chat } from "./chat.js";
 import { Complete } from "./complete.js";
 import { ExpertView } from "./experts.js";
-import { loadConversations, loadSettings, newConversation, saveConversations, saveSettings, titleOf } from "./store.js";
+import { loadConversations, loadSettings, newConversation, saveConversations, saveSettings, titleOf, whenSavedElsewhere } from "./store.js";
 
 // name, what it is called, bounds, step: the server checks again.
 const SAMPLING = [
@@ -17,26 +17,32 @@ const SAMPLING = [
   ["seed", "Seed", 0, 9007199254740991, 1],
 ];
 const settings = loadSettings();
+let waiting = 0, refusedKey = null;
 let conversations = loadConversations();
 
 const app = {
   facts: null,
   experts: new ExpertView($("experts-body")),
-  sampling() {
+  sampling(facts = app.facts) {
     // Greedy where nobody says anything, as `shoal chat` does; other models recommend their own.
-    const given = app.facts?.temperature === null ? { temperature: 0, ...settings.sampling } : settings.sampling;
+    const given = facts?.temperature === null ? { temperature: 0, ...settings.sampling } : settings.sampling;
     return Object.fromEntries(SAMPLING.map(([name]) => [name, given[name]]).filter(([, value]) => typeof value === "number" && Number.isFinite(value)));
   },
   async refresh() {
     try {
       app.facts = await getJson("/v1/shoal");
     } catch (error) {
-      if (error.status === 401) { notice("The server wants an API key."); openSettings($("key")); } else if (error.status === 503) { $("model").textContent = "loading…"; setTimeout(() => app.refresh(), 1500); } else notice("The server cannot be reached.");
+      if (error.status === 401) askForKey();
+      else if (error.status === 503) { $("model").textContent = "loading…"; clearTimeout(waiting); waiting = setTimeout(() => app.refresh(), 1500); } else if ($("notice").hidden) notice("The server cannot be reached.");
       return;
     }
-    $("model").textContent = app.facts.model;
-    $("set-temperature").placeholder = app.facts.temperature === null ? "0" : "model's own";
-    app.experts.setFacts(app.facts);
+    const { model, code, chat, temperature } = app.facts;
+    $("model").textContent = model;
+    $("set-temperature").placeholder = temperature === null ? "0" : "model's own";
+    $("fim-note").textContent = code ? `${code.model} fills the gap.` : "Needs a model that was trained for it; the server says so if this one was not.";
+    document.querySelector("[data-view=chat]").disabled = !chat; // a model that was only taught to go on with texts
+    if (!chat) show("complete");
+    app.experts.setFacts(code && app.experts.facts?.model === code.model ? code : app.facts);
   },
 };
 
@@ -60,6 +66,13 @@ function list() {
       h("button", { type: "button", class: "title", "aria-current": conversation === current ? "true" : null, onclick: () => open(conversation) }, title),
       h("button", { type: "button", class: "icon-button remove", "aria-label": `Delete ${title}`, onclick: () => remove(conversation) }, "✕"));
   }));
+}
+
+/** What another tab saved is ours too, or the next save here would undo it; the conversation on show stays as it is. */
+function takeOver() {
+  conversations = loadConversations().map((one) => (one.id === current.id ? current : one));
+  if (current.messages.length && !conversations.includes(current)) conversations.unshift(current);
+  list();
 }
 
 function open(conversation) {
@@ -90,7 +103,6 @@ function show(view) {
     else tab.removeAttribute("aria-current");
     $(tab.dataset.view).hidden = tab.dataset.view !== view;
   }
-  document.body.dataset.view = view;
 }
 
 function showList(wanted) {
@@ -113,6 +125,14 @@ function showExperts(wanted) {
 function openSettings(focus) {
   if (!$("settings").open) $("settings").showModal();
   focus?.focus();
+}
+
+/** Opens the settings once for each key that is refused: who closes them without another may look around. */
+function askForKey() {
+  notice("The server wants an API key.");
+  if (refusedKey === key.get()) return;
+  refusedKey = key.get();
+  openSettings($("key"));
 }
 
 function theme(name) {
@@ -159,6 +179,7 @@ $("open-list").addEventListener("click", () => showList(!document.body.classList
 $("toggle-experts").addEventListener("click", () => { showExperts($("experts").hidden); if (!$("experts").hidden && !$("close-experts").offsetParent) return; if (!$("experts").hidden) $("close-experts").focus(); });
 $("close-experts").addEventListener("click", () => { showExperts(false); $("toggle-experts").focus(); });
 $("open-settings").addEventListener("click", () => openSettings());
+whenSavedElsewhere(takeOver);
 $("main").addEventListener("click", () => showList(false));
 document.addEventListener("keydown", (e) => {
   if (e.key !== "Escape" || $("settings").open) return;

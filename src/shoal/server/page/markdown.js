@@ -10,12 +10,15 @@ const ITEM = /^( *)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
 const TABLE_LINE = /^ *\|?( *:?-+:? *\|)+( *:?-+:? *)?$/;
 
-/** Splits a text into blocks; each is {kind, lines, …}. An open fence at the end counts as one: text may still stream. */
-export function blocks(text) {
+const MAX_DEPTH = 20; // lists and quotes inside each other; beyond it their marks are text, or the browser's stack would end
+
+/** Splits a text into blocks; each is {kind, lines, depth, …}. An open fence at the end counts as one: text may still stream. */
+export function blocks(text, depth = 0) {
   const lines = text.replaceAll("\r\n", "\n").split("\n");
+  if (depth > MAX_DEPTH) return [{ kind: "paragraph", lines, depth }];
   const out = [];
   let at = 0;
-  const take = (kind, count, more = {}) => { out.push({ kind, lines: lines.slice(at, at + count), ...more }); at += count; };
+  const take = (kind, count, more = {}) => { out.push({ kind, lines: lines.slice(at, at + count), depth, ...more }); at += count; };
   const run = (test) => { let n = 0; while (at + n < lines.length && test(lines[at + n], n)) n += 1; return n; };
   while (at < lines.length) {
     const line = lines[at];
@@ -48,14 +51,14 @@ export function renderBlock(block) {
     // The page has h1 and h2 of its own: an answer's headings start below them.
     case "heading": return h(`h${Math.min(6, block.level + 2)}`, {}, ...inline(block.text));
     case "rule": return h("hr");
-    case "quote": return h("blockquote", {}, ...renderAll(block.lines.map((l) => l.replace(/^ {0,3}> ?/, "")).join("\n")));
-    case "list": return list(block.lines);
+    case "quote": return h("blockquote", {}, ...renderAll(block.lines.map((l) => l.replace(/^ {0,3}> ?/, "")).join("\n"), block.depth + 1));
+    case "list": return list(block);
     case "table": return table(block.lines);
     default: return h("p", {}, ...inline(block.lines.map((l) => l.trim()).join("\n")));
   }
 }
 
-const renderAll = (text) => blocks(text).map(renderBlock);
+const renderAll = (text, depth) => blocks(text, depth).map(renderBlock);
 
 /** Brings `element` up to date with a text that grows: blocks that did not change stay. */
 export function render(element, text) {
@@ -78,7 +81,7 @@ function codeBlock(language, body) {
   return h("div", { class: "code" }, h("div", { class: "code-head" }, h("span", {}, language || "text"), copy), h("pre", { tabindex: "0", role: "group", "aria-label": `${language || "text"} code` }, code));
 }
 
-function list(lines) {
+function list({ lines, depth }) {
   const base = lines[0].match(ITEM)[1].length;
   const ordered = /\d/.test(lines[0].match(ITEM)[2]);
   const items = [];
@@ -89,7 +92,7 @@ function list(lines) {
   }
   const start = ordered ? parseInt(lines[0].trim(), 10) : null;
   return h(ordered ? "ol" : "ul", { start: start === 1 ? null : start }, ...items.map((item) => {
-    const inner = renderAll(item.join("\n"));
+    const inner = renderAll(item.join("\n"), depth + 1);
     const tight = inner[0]?.tagName === "P" ? [...inner[0].childNodes, ...inner.slice(1)] : inner;
     return h("li", {}, ...tight);
   }));

@@ -29,6 +29,9 @@ export function loadConversations() {
 }
 
 export const saveConversations = (list) => write(CONVERSATIONS, list.filter((c) => c.messages.length || c.system));
+/** Calls f when another tab has saved its conversations. */
+export const whenSavedElsewhere = (f) => addEventListener("storage", (e) => { if (e.key === CONVERSATIONS) f(); });
+
 export const loadSettings = () => ({ theme: "", sampling: {}, ...read(SETTINGS, {}) });
 export const saveSettings = (settings) => write(SETTINGS, settings);
 

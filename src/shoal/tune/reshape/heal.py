@@ -12,6 +12,7 @@ Letters: B windows, T tokens, X = B · T, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -92,8 +93,9 @@ def heal(
     student = load_model(reshaped).requires_grad_(False)
     params = _moving(student)
     optimiser = torch.optim.Adam(groups(params.values(), settings.lr), betas=BETAS, eps=EPSILON)
-    done = _restore(state, params, optimiser, settings) if state is not None else 0
     tokens_BT = torch.tensor([list(window) for window in windows])
+    facts = {"settings": _facts(settings), "text": hashlib.sha256(tokens_BT.numpy().tobytes()).hexdigest()}
+    done = _restore(state, params, optimiser, facts) if state is not None else 0
     for step in range(done, settings.steps):
         _set_rate(optimiser, settings, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
@@ -108,7 +110,7 @@ def heal(
         if report is not None:
             report(HealStep(step + 1, kl, gradient))
         if state is not None and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
-            _save(state, params, optimiser, settings, step + 1)
+            _save(state, params, optimiser, facts, step + 1)
     made = {name: value.detach() for name, value in params.items()}
     return with_tensors(reshaped, reshaped.config, made)
 
@@ -159,7 +161,7 @@ def _set_rate(optimiser: torch.optim.Optimizer, settings: HealSettings, step: in
 
 
 def _save(
-    state: Path, params: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, settings: HealSettings, step: int
+    state: Path, params: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, facts: dict[str, str], step: int
 ) -> None:
     state.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Tensor] = {}
@@ -172,20 +174,22 @@ def _save(
         }
     rates = {name: group["full_lr"] for name, group in zip(params, optimiser.param_groups, strict=True)}
     specs = [array_spec(name, value.contiguous().numpy()) for name, value in arrays.items()]
-    facts = {"step": str(step), "settings": _facts(settings), "rates": json.dumps(rates)}
-    write_safetensors(state / STATE, specs, metadata=facts)
+    write_safetensors(state / STATE, specs, metadata={**facts, "step": str(step), "rates": json.dumps(rates)})
 
 
 def _restore(
-    state: Path, params: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, settings: HealSettings
+    state: Path, params: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, facts: dict[str, str]
 ) -> int:
     """Steps already done."""
     path = state / STATE
     if not path.exists():
         return 0
     file = SafetensorsFile(path)
-    if file.metadata.get("settings") != _facts(settings):
-        raise FileError(path, "belongs to a run with other settings; remove it or name another folder")
+    if not {"settings", "step", "rates"} <= file.metadata.keys():
+        raise FileError(path, "is no state of a healing run")
+    for name, value in facts.items():
+        if file.metadata.get(name, value) != value:
+            raise FileError(path, f"belongs to a run with other {name}; remove it or name another folder")
     step = int(file.metadata["step"])
     rates = json.loads(file.metadata["rates"])
     for (name, parameter), group in zip(params.items(), optimiser.param_groups, strict=True):
