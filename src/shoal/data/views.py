@@ -33,7 +33,7 @@ def word_ids(document: Document) -> tuple[list[str], NDArray[np.int64]]:
     found = document.views.get("word_ids")
     if found is None:
         found = document.views["word_ids"] = numbered(words(document))
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def numbered(found: list[str]) -> tuple[list[str], NDArray[np.int64]]:
