@@ -334,7 +334,7 @@ def test_one_giant_document_is_packed_within_the_memory_or_refused(result, tmp_p
         max_document=1 << 21,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"memory: must be at least \d+ MiB, \d+ of them for the largest document"):
-        prepare(given, tmp_path / "out", Machine(workers=1, memory=480 << 20))
+        prepare(given, tmp_path / "out", Machine(workers=1, memory=600 << 20))
     least = 384 + 640 * len(text) // (1 << 20) + 1
     assert prepare(given, tmp_path / "out", Machine(workers=1, memory=least << 20)).tokens > 170_000
 
@@ -352,7 +352,7 @@ def tree_bytes(pid: int) -> int:
 
 def test_a_worker_out_of_memory_is_named(source, tmp_path):
     with pytest.raises(WorkerError, match="memory"):
-        prepare(recipe(source), tmp_path / "out", Machine(workers=1, memory=700 << 20), steps=greedy)
+        prepare(recipe(source), tmp_path / "out", Machine(workers=1, memory=800 << 20), steps=greedy)
 
 
 def greedy(recipe: Recipe):

@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 MARKER_BYTES = 1 << 30
 PARENT = 128 << 20  # bytes of the process that hands out the work
 WORKER_BASE = 256 << 20  # bytes of a worker before it holds a document: the interpreter and its libraries
-DOCUMENT_COST = 48  # bytes that a byte of the largest document may cost to clean: its text, words and their hashes
+DOCUMENT_COST = 96  # bytes that a byte of the largest document may cost to clean: its text, words and their hashes
 
 
 @dataclass(frozen=True, kw_only=True)
