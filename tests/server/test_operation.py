@@ -306,3 +306,4 @@ def test_a_health_check_is_refused_while_stopping() -> None:
     with running(FakeLLM) as server:
         server.worker.stop()
         assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 503
+        assert not server.worker.metrics.refused, "nobody asked for an answer"

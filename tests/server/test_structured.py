@@ -339,6 +339,7 @@ def test_gaps_go_to_the_model_that_fills_them(checkpoint: Checkpoint) -> None:
         assert events.count('"model":"code"') >= 2
         refused = server.http.post(TEXT, json={**body, "suffix": "b", "model": "fake"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_parameter")
+        assert server.llm.name not in refused.json()["error"]["message"], "a file's name is no client's business"
         other = server.http.post(TEXT, json={**body, "model": "code"}).json()
         assert other["model"] == "code"
         assert other["system_fingerprint"] != server.http.post(TEXT, json=body).json()["system_fingerprint"]

@@ -269,7 +269,7 @@ class LLM:
     ) -> list[int]:
         """Token ids of a conversation, ready for the model's reply. Message text never becomes a control token."""
         if self.chat_format is None:
-            raise RequestError("messages", f"model {self.name} has no chat format; send plain text to complete instead")
+            raise RequestError("messages", "this model has no chat format; send plain text to complete instead")
         if not messages:
             raise RequestError("messages", "must hold at least one message")
         return self.chat_format.encode(self.tokenizer, messages, tools=tools, options=options)

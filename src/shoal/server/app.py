@@ -123,7 +123,10 @@ async def show_model(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """200 once the model is loaded; 503 before that and while stopping."""
     worker = service_of(request).worker
-    worker.engine()
+    try:
+        worker.engine()
+    except ApiError as error:  # no request was refused: metrics need not count it
+        return error.response()
     return json_response({"status": "ok", "running": worker.num_running, "waiting": worker.num_waiting})
 
 

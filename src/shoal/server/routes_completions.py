@@ -99,7 +99,7 @@ def _prompt_ids(llm: LLM, prompt: str | list[int], suffix: str | None) -> list[i
         return ids
     filled = fim_prompt(tokenizer, ids, tokenizer.encode(suffix, add_bos=False))
     if filled is None:
-        raise RequestError("suffix", f"{llm.name} was not made to fill in the middle", code="unsupported_parameter")
+        raise RequestError("suffix", "this model was not made to fill in the middle", code="unsupported_parameter")
     return filled
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.server.conftest import FakeLLM, Running, running, wait_for
+from tests.server.conftest import FakeLLM, Running, running
 from tests.server.page.conftest import FACTS, Gate, Tab
 
 from shoal import LLM
@@ -49,10 +49,9 @@ def test_two_models_in_one_server(pair: Running, tab: Open) -> None:
     assert one.page.inner_text("#fim-note") == "shoal-code fills the gap."
     one.page.fill("#prompt", "def add(a, b):\n    return ")
     one.page.fill("#suffix", "\n\n\nprint(add(1, 2))\n")
-    asked = len(one.requests)
-    one.page.click("#complete-send")
+    with one.page.expect_response("**/v1/shoal"):  # the numbers anew, when the answer is there
+        one.page.click("#complete-send")
     one.until("document.getElementById('result-facts').textContent.startsWith('shoal-code: ')")
-    wait_for(lambda: any(request.endswith("/v1/shoal") for request in one.requests[asked:]))
     one.page.wait_for_load_state("networkidle")
     assert (sent[0]["model"], sent[0]["temperature"], sent[0]["routing"]) == ("shoal-code", 0, True)
     assert one.page.locator(".strip .chip.answer").count() > 0, "its experts stay on show"
@@ -102,9 +101,8 @@ def test_the_settings_can_be_closed_without_a_key(url: str, tab: Open) -> None:
     refused = {"error": {"message": "a valid API key is needed"}}
     one = tab(url, handle=lambda route: route.fulfill(status=401, json=refused))
     one.page.wait_for_selector("#settings[open]")
-    asked = len(one.requests)
-    one.page.keyboard.press("Escape")
-    wait_for(lambda: any(request.endswith("/v1/shoal") for request in one.requests[asked:]))
+    with one.page.expect_response("**/v1/shoal"):
+        one.page.keyboard.press("Escape")
     one.page.wait_for_selector("#notice:not([hidden])")
     one.page.wait_for_load_state("networkidle")
     assert one.page.locator("#settings[open]").count() == 0
