@@ -45,6 +45,17 @@ def test_prepare_report_pack_and_tokenizer(shoal: Shoal, rows: Path, tmp_path: P
     assert json.loads(shoal("data", "report", out, "--json").out)["clean"]["steps"]["read"][0] == 8
 
 
+def test_nothing_to_read_is_a_result(shoal: Shoal, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    done = shoal(
+        "data", "prepare", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "out"), "--vocab-size", "300",
+        "--band", "0.1,0.9", "--workers", "1", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["kept"] == 0
+    assert (tmp_path / "out/report.html").is_file()
+
+
 def test_dedupe_finds_copies(shoal: Shoal, rows: Path, tmp_path: Path) -> None:
     done = shoal("data", "dedupe", str(rows), "--out", str(tmp_path / "out"), "--workers", "1", "--json")
     assert json.loads(done.out)["kept"] == 1  # the rows differ by a few words each

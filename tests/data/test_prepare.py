@@ -303,8 +303,8 @@ def test_a_result_is_a_source(source, result, tmp_path):
 
 def test_memory_is_checked_and_holds(tmp_path):
     with pytest.raises(ConfigError, match="memory: must be at least"):
-        Machine(memory=100 << 20).share(1 << 20)
-    assert Machine(workers=8, memory=1 << 30).share(1 << 20)[0] == 2
+        Machine(memory=100 << 20).share(48 << 20)
+    assert Machine(workers=8, memory=1 << 30).share(48 << 20)[0] == 2
     text = "\n".join(json.dumps({"text": f"{i} " + texts.english()[i % 100] * 3}) for i in range(700))
     (tmp_path / "big.jsonl").write_text(text)
     code = (
@@ -323,6 +323,20 @@ def test_memory_is_checked_and_holds(tmp_path):
         time.sleep(0.1)
     assert process.returncode == 0
     assert 0 < peak < 900 << 20
+
+
+def test_one_giant_document_is_packed_within_the_memory_or_refused(result, tmp_path):
+    """Tokenizing costs more than cleaning: how much is told before a worker is killed for it."""
+    text = " ".join(str(i) for i in range(170_000))
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}))
+    given = Recipe(
+        sources=(Source(path=tmp_path / "one.jsonl"),), rules=("none",), tokenizer=str(result / "tokenizer"),
+        max_document=1 << 21,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"memory: must be at least \d+ MiB, \d+ of them for the largest document"):
+        prepare(given, tmp_path / "out", Machine(workers=1, memory=480 << 20))
+    least = 384 + 640 * len(text) // (1 << 20) + 1
+    assert prepare(given, tmp_path / "out", Machine(workers=1, memory=least << 20)).tokens > 170_000
 
 
 def tree_bytes(pid: int) -> int:

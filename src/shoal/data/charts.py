@@ -135,7 +135,9 @@ def histogram(
         limits: values to mark with a dashed line.
     """
     most = max((max(row) for row in counts.values() if len(row)), default=0) or 1
-    bins = max((len(row) for row in counts.values()), default=1)
+    bins = max((len(row) for row in counts.values()), default=0)
+    if not bins:
+        return ""
     left, right, top, bottom = 46.0, width - 12.0, 10.0, height - 40
 
     def across(value: float) -> float:

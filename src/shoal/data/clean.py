@@ -50,7 +50,7 @@ def clean_shard(job: Cleaning, shard: int) -> dict[str, Any]:
         for name, step in job.steps(recipe):
             documents = ledger.counted(name, step, documents, on_reject)
         for document in documents:
-            ratio = compression(document.text)
+            ratio = _compression(document)
             masked = document.attributes.get("masked", {})
             ledger.describe("after", document, ratio)
             ledger.mask(masked)
@@ -84,6 +84,14 @@ def compression(text: str) -> float:
     return len(_codec().compress(content, asbytes=True)) / len(content)
 
 
+def _compression(document: Document) -> float:
+    """Of a text that no step has changed, the same before and after: measured once."""
+    found = document.views.get("compression")
+    if found is None:
+        found = document.views["compression"] = compression(document.text)
+    return float(found)
+
+
 def _codec() -> Any:
     return arrow().Codec("zstd", compression_level=3)
 
@@ -95,7 +103,7 @@ def _read(parts: Iterable[Part], recipe: Recipe, on_reject: Callable[[Reject], N
 
 def _described(documents: Iterable[Document], ledger: Ledger) -> Iterator[Document]:
     for document in documents:
-        ledger.describe("before", document, compression(document.text))
+        ledger.describe("before", document, _compression(document))
         yield document
 
 

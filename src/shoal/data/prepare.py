@@ -14,7 +14,7 @@ from shoal.data import clean, duplicates, entropy, pack, store, vocabulary
 from shoal.data.ledger import Ledger
 from shoal.data.plan import Part, Source, find_files, plan_shards
 from shoal.data.recipe import Recipe, recipe_from
-from shoal.data.run import MARKER_BYTES, Machine, Stage, marker_path, run_stage
+from shoal.data.run import DOCUMENT_COST, MARKER_BYTES, Machine, Stage, marker_path, run_stage
 from shoal.data.shards import INDEX
 from shoal.data.steps import Steps, standard_steps
 from shoal.data.streams import open_raw
@@ -74,7 +74,8 @@ def prepare(
             files=functools.partial(clean.files, folder),
         )  # fmt: skip
         numbers = list(range(len(shards)))
-        run_stage(stage, numbers, machine, max_document=recipe.max_document, progress=_named(notice, "clean"))
+        largest = DOCUMENT_COST * recipe.max_document
+        run_stage(stage, numbers, machine, largest=largest, progress=_named(notice, "clean"))
         key = _find_duplicates(folder, recipe, machine, key, notice)
         _choose(folder, recipe, key, notice)
         return _pack(folder, recipe, machine, notice)
@@ -127,9 +128,11 @@ def _pack(folder: Path, recipe: Recipe, machine: Machine, notice: Notice) -> Res
         task=lambda _: {"tokens": pack.join_parts(job, numbers, _provenance(folder, recipe))},
         files=lambda _: [folder / "tokens" / INDEX],
     )
-    ledgers = run_stage(stage, numbers, machine, max_document=recipe.max_document, progress=_named(notice, "pack"))
+    ledgers = run_stage(
+        stage, numbers, machine, largest=pack.largest_cost(job, numbers), progress=_named(notice, "pack")
+    )
     if home is not None:
-        run_stage(joined, [0], ALONE, max_document=1)
+        run_stage(joined, [0], ALONE)
         pack.remove_parts(folder)
     cleaned = _ledgers(folder, clean.STAGE, numbers)
     summary: dict[str, Any] = {"clean": _merged(cleaned), "pack": _merged(ledgers), "recipe": recipe.to_dict()}
@@ -225,7 +228,7 @@ def _find_duplicates(folder: Path, recipe: Recipe, machine: Machine, key: str, n
         folder=folder, name="duplicates", key=key, task=task,
         files=lambda _: [store.attribute_path(folder, duplicates.ATTRIBUTES, number) for number in numbers],
     )  # fmt: skip
-    run_stage(stage, [0], ALONE, max_document=1, progress=_named(notice, "dedupe"))
+    run_stage(stage, [0], ALONE, progress=_named(notice, "dedupe"))
     return key
 
 
@@ -250,14 +253,14 @@ def _choose(folder: Path, recipe: Recipe, key: str, notice: Notice) -> None:
             folder=folder, name="surprise", key=key, task=score,
             files=lambda shard: [store.attribute_path(folder, entropy.SCORES, shard)],
         )  # fmt: skip
-        run_stage(stage, numbers, ALONE, max_document=1, progress=_named(notice, "score"))
+        run_stage(stage, numbers, ALONE, progress=_named(notice, "score"))
     key, with_model = _key(key, *map(str, recipe.band)), recipe.entropy_model is not None
     choose = functools.partial(entropy.choose_band, folder, recipe.band, verdicts, with_model=with_model)
     stage = Stage(
         folder=folder, name="band", key=key, task=lambda _: choose(),
         files=lambda _: [store.attribute_path(folder, entropy.VERDICT, number) for number in numbers],
     )  # fmt: skip
-    run_stage(stage, [0], ALONE, max_document=1)
+    run_stage(stage, [0], ALONE)
 
 
 def _tokenizer(folder: Path, recipe: Recipe) -> Path | None:

@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 MARKER_BYTES = 1 << 30
 PARENT = 128 << 20  # bytes of the process that hands out the work
 WORKER_BASE = 256 << 20  # bytes of a worker before it holds a document: the interpreter and its libraries
-DOCUMENT_COST = 48  # bytes that a byte of the largest document may cost: its text, words and their hashes
+DOCUMENT_COST = 48  # bytes that a byte of the largest document may cost to clean: its text, words and their hashes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,18 @@ class Machine:
         if self.workers is not None and self.workers < 1:
             raise ConfigError("workers", f"must be at least 1, got {self.workers}")
 
-    def share(self, max_document: int) -> tuple[int, int | None]:
-        """(workers, bytes for each). Raises ConfigError if memory does not suffice for one."""
+    def share(self, largest: int) -> tuple[int, int | None]:
+        """(workers, bytes for each), where the largest document costs so many bytes. Raises ConfigError where the
+        memory is too little for one."""
         wanted = self.workers or len(os.sched_getaffinity(0))
         if self.memory is None:
             return wanted, None
-        least = WORKER_BASE + DOCUMENT_COST * max_document
+        least = WORKER_BASE + largest
         if self.memory < PARENT + least:
             raise ConfigError(
                 "memory",
-                f"must be at least {(PARENT + least) >> 20} MiB for documents of {max_document >> 10} KiB, "
-                f"got {self.memory >> 20} MiB; a smaller max_document needs less",
+                f"must be at least {-(-(PARENT + least) >> 20)} MiB, {-(-largest >> 20)} of them for the largest "
+                f"document, got {self.memory >> 20} MiB; a smaller max_document needs less",
             )
         workers = min(wanted, (self.memory - PARENT) // least)
         return workers, (self.memory - PARENT) // workers
@@ -125,16 +126,19 @@ class Stage:
 
 
 def run_stage(
-    stage: Stage, shards: Sequence[int], machine: Machine, *, max_document: int, progress: Progress | None = None
+    stage: Stage, shards: Sequence[int], machine: Machine, *, largest: int = 0, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """Do the stage for every shard that has no marker yet, and return the ledgers of all, in the order of shards.
+
+    Args:
+        largest: bytes of memory that the largest document may cost.
 
     Raises:
         ShoalError: what the task raised, with everything finished so far kept; WorkerError if a process was killed.
     """
     left = [shard for shard in shards if stage.ledger(shard) is None]
     done = len(shards) - len(left)
-    for _ in _finished(stage.finish, left, machine, max_document):
+    for _ in _finished(stage.finish, left, machine, largest):
         done += 1
         if progress is not None:
             progress(done, len(shards))
@@ -144,9 +148,9 @@ def run_stage(
     return [stage.ledger(shard) or {} for shard in shards]
 
 
-def _finished(finisher: Callable[[int], None], left: list[int], machine: Machine, max_document: int) -> Iterator[int]:
+def _finished(finisher: Callable[[int], None], left: list[int], machine: Machine, largest: int) -> Iterator[int]:
     """Numbers of shards, as they are finished."""
-    workers, memory = machine.share(max_document)
+    workers, memory = machine.share(largest)
     if left and machine.engine == "ray":
         from shoal.data.ray_engine import run_on_ray
 

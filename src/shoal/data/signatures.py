@@ -34,7 +34,8 @@ class Signer:
 
     def add(self, document: Document) -> None:
         self._digests.append(hashlib.blake2b(document.text.encode(), digest_size=16).digest())
-        shingles = np.unique(ngram_hashes(token_hashes(document), SHINGLE))
+        shingles = np.sort(ngram_hashes(token_hashes(document), SHINGLE))
+        shingles = shingles[np.diff(shingles, prepend=shingles[:1] + np.uint64(1)) != 0]  # each once
         self._shingles.append(shingles)
         self._pending += len(shingles)
         if self._pending >= BATCH_TOKENS:

@@ -28,6 +28,21 @@ def words(document: Document) -> list[str]:
     return found
 
 
+def word_ids(document: Document) -> tuple[list[str], NDArray[np.int64]]:
+    """The different words in the order of their first places, and which of them each of `words` is."""
+    found = document.views.get("word_ids")
+    if found is None:
+        found = document.views["word_ids"] = numbered(words(document))
+    return found
+
+
+def numbered(found: list[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """The different ones of some strings in the order of their first places, and which of them each is."""
+    different = list(dict.fromkeys(found))
+    numbers = dict(zip(different, range(len(different)), strict=True))
+    return different, np.fromiter(map(numbers.__getitem__, found), np.int64, len(found))
+
+
 def lines(document: Document) -> list[str]:
     """Lines without their ends, empty ones too."""
     found = document.views.get("lines")
@@ -54,8 +69,9 @@ def token_hashes(document: Document) -> NDArray[np.uint64]:
 
 def hash_words(found: list[str]) -> NDArray[np.uint64]:
     """64-bit hashes of words, the same in every process and on every machine."""
-    [hashes] = rensa().RMinHash.hash_token_sets([found])
-    return np.fromiter(hashes, np.uint64, len(hashes))
+    different, ids = numbered(found)
+    [hashes] = rensa().RMinHash.hash_token_sets([different])
+    return np.array(hashes, np.uint64)[ids]
 
 
 def ngram_hashes(hashes: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 from shoal.data.document import Document, Rule
-from shoal.data.views import lines, words
+from shoal.data.views import lines, word_ids, words
 
 MIN_WORDS, MAX_WORDS = 50, 100_000
 MIN_MEAN_LENGTH, MAX_MEAN_LENGTH = 3, 10
@@ -48,23 +50,26 @@ def bullets(document: Document) -> str | None:
 
 
 def ellipses(document: Document) -> str | None:
+    if "..." not in document.text and "…" not in document.text:
+        return None
     found = lines(document)
     count = sum(line.rstrip().endswith(("...", "…")) for line in found)
     return "gopher: many lines end in an ellipsis" if count > MAX_ELLIPSES * len(found) else None
 
 
 def alphabetic(document: Document) -> str | None:
-    found = words(document)
+    different, ids = word_ids(document)
     # isalpha() is quick and true of most words; the others are searched for one letter.
-    count = sum(word.isalpha() or _LETTER.search(word) is not None for word in found)
-    return "gopher: too few words with letters" if count < MIN_ALPHABETIC * len(found) else None
+    lettered = np.array([word.isalpha() or _LETTER.search(word) is not None for word in different], bool)
+    count = np.count_nonzero(lettered[ids])
+    return "gopher: too few words with letters" if count < MIN_ALPHABETIC * len(ids) else None
 
 
 def stop_words(document: Document) -> str | None:
     """English only: other languages are let through, as their own lists would be needed."""
     if document.metadata.get("language", "en") != "en":
         return None
-    missing = len(STOP_WORDS.intersection(words(document))) < MIN_STOP_WORDS
+    missing = len(STOP_WORDS.intersection(word_ids(document)[0])) < MIN_STOP_WORDS
     return f"gopher: fewer than {MIN_STOP_WORDS} of the common words" if missing else None
 
 

@@ -6,35 +6,35 @@ repeat, so each n looks at what the one before has left, which is soon next to n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal.data.document import Document, Rule
-from shoal.data.views import words
+from shoal.data.views import lines, word_ids
 
 MAX_DUPLICATE_LINES = MAX_DUPLICATE_PARAGRAPHS = 0.3
 MAX_DUPLICATE_LINE_CHARACTERS = MAX_DUPLICATE_PARAGRAPH_CHARACTERS = 0.2
 MAX_TOP = {2: 0.20, 3: 0.18, 4: 0.16}  # characters within the most frequent run of n words
 MAX_REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # characters within any run met before
 
-_PARAGRAPH, _LINE = re.compile(r"\n{2,}"), re.compile(r"\n+")
 Ints = NDArray[np.int64]
 
 
 def repeated_paragraphs(document: Document) -> str | None:
+    # What two or more line ends part; of more than two, the others stand at the beginning of the next piece.
+    pieces = [piece for one in document.text.strip().split("\n\n") if (piece := one.lstrip("\n"))]
     return _repeated(
-        _PARAGRAPH.split(document.text.strip()), "paragraphs", len(document.text), MAX_DUPLICATE_PARAGRAPHS,
-        MAX_DUPLICATE_PARAGRAPH_CHARACTERS,
-    )  # fmt: skip
+        pieces, "paragraphs", len(document.text), MAX_DUPLICATE_PARAGRAPHS, MAX_DUPLICATE_PARAGRAPH_CHARACTERS
+    )
 
 
 def repeated_lines(document: Document) -> str | None:
-    return _repeated(
-        _LINE.split(document.text), "lines", len(document.text), MAX_DUPLICATE_LINES, MAX_DUPLICATE_LINE_CHARACTERS
-    )
+    found = lines(document)
+    pieces = [line for line in found if line]
+    pieces += [""] * ((not found[0]) + (len(found) > 1 and not found[-1]))  # before a first line end, after a last one
+    return _repeated(pieces, "lines", len(document.text), MAX_DUPLICATE_LINES, MAX_DUPLICATE_LINE_CHARACTERS)
 
 
 def _repeated(pieces: list[str], what: str, length: int, most: float, most_characters: float) -> str | None:
@@ -49,11 +49,11 @@ def _repeated(pieces: list[str], what: str, length: int, most: float, most_chara
 
 def repeated_words(document: Document) -> str | None:
     """The most frequent run of 2, 3, 4 words, and all runs of 5 to 10 words that stand more than once."""
-    found, length = words(document), len(document.text)
-    if len(found) < 2:
+    (different, ids), length = word_ids(document), len(document.text)
+    if len(ids) < 2:
         return None
-    ends = np.cumsum(np.fromiter(map(len, found), np.int64, len(found)))
-    for n, starts, runs in _repeats(found):
+    ends = np.cumsum(np.fromiter(map(len, different), np.int64, len(different))[ids])
+    for n, starts, runs in _repeats(ids, len(different)):
         if n in MAX_TOP and _top_characters(n, starts, runs, ends) > MAX_TOP[n] * length:
             return f"gopher: one run of {n} words is too frequent"
         if n in MAX_REPEATED and _repeated_characters(n, starts, runs, ends, MAX_REPEATED[n] * length):
@@ -61,21 +61,26 @@ def repeated_words(document: Document) -> str | None:
     return None
 
 
-def _repeats(found: list[str]) -> Iterator[tuple[int, Ints, Ints]]:
+def _repeats(ids: Ints, different: int) -> Iterator[tuple[int, Ints, Ints]]:
     """(n, starts, runs) for n from 2 to 10: where each run of n words that stands more than once starts, in order, and
-    which run it is. Ends early once there is none."""
-    vocabulary: dict[str, int] = {}
-    ids = np.fromiter((vocabulary.setdefault(word, len(vocabulary)) for word in found), np.int64, len(found))
+    which run it is. Ends early once there is none.
+
+    Args:
+        ids: which of the `different` words stands at each place.
+    """
     starts, runs = np.arange(len(ids)), ids
     for n in range(2, 11):
         inside = starts + n <= len(ids)
         starts = starts[inside]
-        keys = runs[inside] * len(vocabulary) + ids[starts + n - 1]
-        _, runs, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        again = counts[runs] > 1
-        starts, runs = starts[again], runs[again]
-        if not len(starts):
+        keys = runs[inside] * different + ids[starts + n - 1]
+        ordered = np.sort(keys)
+        again = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(again):
             return
+        repeated = again[np.concatenate([[True], again[1:] != again[:-1]])]
+        runs = np.minimum(np.searchsorted(repeated, keys), len(repeated) - 1)
+        here = repeated[runs] == keys
+        starts, runs = starts[here], runs[here]
         yield n, starts, runs
 
 

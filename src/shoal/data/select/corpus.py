@@ -198,7 +198,7 @@ def open_pool(folder: Path, verdicts: Sequence[str], machine: Machine, progress:
     key = f"{VERSION} {vocabulary.digest(home)} {cleaning}"
     task = functools.partial(_write_part, folder)
     stage = Stage(folder=folder, name=STAGE, key=key, task=task, files=functools.partial(_files, folder))
-    run_stage(stage, shards, machine, max_document=COUNTED, progress=progress)
+    run_stage(stage, shards, machine, progress=progress)
     alive, kinds, sources = [], [], []
     for shard in shards:
         columns = [store.read_attributes(folder, name, shard)[f"{name}_reason"] for name in verdicts]
