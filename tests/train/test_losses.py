@@ -194,6 +194,27 @@ def test_balance_loss_is_one_when_even_and_in_the_total():
     assert float(result.total - without.total) == pytest.approx(0.5 * float(result.parts["balance"]), rel=1e-4)
 
 
+def test_padding_has_no_part_in_the_balance_and_is_not_counted():
+    """Rows of tuning data are filled up; each is balanced as it would be alone and whole."""
+    model, batch = random_model(config(mtp=0), 1), some_batch(rows=2)
+    documents = torch.zeros_like(batch.tokens_BT)
+    lengths = (7, 12)
+    for row, length in enumerate(lengths):
+        documents[row, length:] = -1
+    result = language_loss(model, batch._replace(documents_BT=documents), LossSettings())
+    alone = [
+        language_loss(
+            model, TextBatch(batch.tokens_BT[[row], :length], batch.targets_BT[[row], :length]), LossSettings()
+        )
+        for row, length in enumerate(lengths)
+    ]
+    balances = [float(one.parts["balance"]) for one in alone]
+    assert abs(balances[0] - balances[1]) > 1e-3
+    assert float(result.parts["balance"]) == pytest.approx(sum(balances) / 2, rel=1e-5)
+    for layer, routing in result.routings.items():
+        assert torch.equal(routing.indices_TK, torch.cat([one.routings[layer].indices_TK for one in alone]))
+
+
 def test_bfloat16_costs_about_what_float32_does():
     model, batch = random_model(config(), 1), some_batch(rows=4, length=32)
     plain = language_loss(model, batch, LossSettings())

@@ -62,6 +62,7 @@ class TextBatch(NamedTuple):
     Attributes:
         targets_BT: the token after each one, or IGNORE where there is none (the end of a document).
         documents_BT: a number for each token; tokens see only those of the same document. None: a row is one document.
+            Below 0 is padding, on whose routing nothing depends.
     """
 
     tokens_BT: Tensor
@@ -75,7 +76,7 @@ class Losses(NamedTuple):
     Attributes:
         total: what to differentiate.
         parts: its terms before weighting, detached scalars: `next` always, then `mtp`, `balance` and `z` where present.
-        routings: where the tokens went, by layer index, MTP layers included.
+        routings: where the tokens went, by layer index, MTP layers included, padding left out.
     """
 
     total: Tensor
@@ -129,13 +130,32 @@ def language_loss(
         parts["mtp"] = loss_X[first:].sum() * each / depths
     if settings.z_weight > 0:
         parts["z"] = square_X[:first].sum() * each
+    real_BT = real_tokens(documents_BT)
     if settings.balance_weight > 0 and routings and model.config.moe is not None:
         rows = len(tokens_BT)
-        balance = torch.stack([balance_loss(r, model.config.moe, rows) for r in routings.values()]).sum()
+        balance = torch.stack([balance_loss(r, model.config.moe, rows, real_BT) for r in routings.values()]).sum()
         balance = balance * (rows / (num_rows or rows))
         total = total + settings.balance_weight * balance
         parts["balance"] = balance.detach()
-    return Losses(total, parts, routings)
+    return Losses(total, parts, without_padding(routings, real_BT))
+
+
+def real_tokens(documents_BT: Tensor | None) -> Tensor | None:
+    """Which tokens are no padding; None if all are."""
+    if documents_BT is None or bool((documents_BT >= 0).all()):
+        return None
+    return documents_BT >= 0
+
+
+def without_padding(routings: dict[int, Routing], real_BT: Tensor | None) -> dict[int, Routing]:
+    """Where the tokens of `real_BT` went. An MTP depth has a few less, at the end."""
+    if real_BT is None:
+        return routings
+    out = {}
+    for layer, routing in routings.items():
+        real_T = real_BT[:, : len(routing.indices_TK) // len(real_BT)].flatten()
+        out[layer] = Routing(*(part[real_T] for part in routing))
+    return out
 
 
 def targets_further(targets_BT: Tensor, documents_BT: Tensor | None, depth: int) -> Tensor:
@@ -146,7 +166,7 @@ def targets_further(targets_BT: Tensor, documents_BT: Tensor | None, depth: int)
     return targets.masked_fill(documents_BT[:, depth:] != documents_BT[:, :-depth], IGNORE)
 
 
-def balance_loss(routing: Routing, moe: MoEConfig, num_rows: int) -> Tensor:
+def balance_loss(routing: Routing, moe: MoEConfig, num_rows: int, real_BT: Tensor | None = None) -> Tensor:
     """Sequence-wise balance of one layer (DeepSeek-V3 §2.1.2, eq. 17-20), averaged over the rows of the batch.
 
     Σ_i f_i P_i for every row, where f_i = E / (K T) · (tokens that picked expert i) has no gradient and P_i is the mean
@@ -155,11 +175,19 @@ def balance_loss(routing: Routing, moe: MoEConfig, num_rows: int) -> Tensor:
     """
     experts, picked = moe.n_routed_experts, moe.num_experts_per_tok
     scores_BTE = routing.scores_TE.view(num_rows, -1, experts)
-    share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
-    picks_BX = routing.indices_TK.reshape(num_rows, -1)
-    ones = torch.ones_like(picks_BX, dtype=share_BE.dtype)
-    counts_BE = torch.zeros_like(share_BE).scatter_add_(1, picks_BX, ones)
-    frequency_BE = counts_BE * (experts / (picked * scores_BTE.shape[1]))
+    share_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
+    picks_BTK = routing.indices_TK.reshape(num_rows, -1, picked)
+    counted_BTK, length = torch.ones_like(picks_BTK, dtype=share_BTE.dtype), share_BTE.shape[1]
+    if real_BT is None:
+        share_BE = share_BTE.mean(1)
+        scale: Tensor | float = experts / (picked * length)
+    else:
+        real_BT1 = real_BT[:, :length, None].to(share_BTE.dtype)
+        counted_BTK, length_B1 = counted_BTK * real_BT1, real_BT1.sum(1).clamp(min=1)
+        share_BE = (share_BTE * real_BT1).sum(1) / length_B1
+        scale = experts / (picked * length_B1)
+    counts_BE = torch.zeros_like(share_BE).scatter_add_(1, picks_BTK.flatten(1), counted_BTK.flatten(1))
+    frequency_BE = counts_BE * scale
     balance_B: Tensor = (frequency_BE * share_BE).sum(-1)
     return balance_B.mean()
 

@@ -29,7 +29,7 @@ from shoal.train.batches import IGNORE, Batch
 from shoal.train.evaluate import write
 from shoal.train.log import Record
 from shoal.train.loop import Observer, Outcome, claim
-from shoal.train.losses import Losses, TextBatch, linear_cross_entropy
+from shoal.train.losses import Losses, TextBatch, linear_cross_entropy, real_tokens, without_padding
 from shoal.train.process import Process
 from shoal.train.recipe import number, one_of, whole
 from shoal.tune.distil_losses import kept_divergence, reverse_divergence
@@ -133,7 +133,8 @@ class DistilRun(TuneRun):
         """States at the learnt targets, [X, D], and an empty account to be filled."""
         states = self.model.states(micro.tokens_BT, documents_BT=micro.documents_BT)
         learnt_BT = micro.targets_BT != IGNORE
-        return states.hidden_BTD[learnt_BT], Losses(states.hidden_BTD.new_zeros(()), {}, states.routings)
+        routings = without_padding(states.routings, real_tokens(micro.documents_BT))
+        return states.hidden_BTD[learnt_BT], Losses(states.hidden_BTD.new_zeros(()), {}, routings)
 
 
 class LogitsRun(DistilRun):
