@@ -198,7 +198,8 @@ def write_report(
         [args.peer_python, "-c", "import importlib.metadata as m; print(m.version('datatrove'))"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    command = "make bench-data" + (f' ARGS="{" ".join(sys.argv[1:])}"' if sys.argv[1:] else "")
+    words = " ".join(Path(word).name if os.sep in word else word for word in sys.argv[1:])  # no folders of this machine
+    command = "make bench-data" + (f' ARGS="{words}"' if words else "")
     facts = {
         "date": time.strftime("%Y-%m-%d", time.localtime(started)), "command": command, "machine": machine,
         "datatrove": peer, "characters": size, "documents": documents, "workers": args.workers, "pairs": pairs,
