@@ -144,7 +144,8 @@ def test_the_focus_is_taken_from_nobody_and_never_lost(server: Running, url: str
 def test_a_screen_reader_hears_of_an_expert_when_asked_and_not_with_every_token(moe: Running, tab: Open) -> None:
     one = tab(moe.url)
     one.page.evaluate(
-        "localStorage.setItem('shoal.settings', JSON.stringify({sampling: {max_tokens: 5}, experts: true}))"
+        "localStorage.setItem('shoal.settings', JSON.stringify("
+        "{sampling: {max_tokens: 5, temperature: 0}, experts: true}))"
     )
     one.page.reload()
     one.ask("Where?")
