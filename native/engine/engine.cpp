@@ -93,11 +93,7 @@ void store_cache_row(CacheType type, void* at, const float* values, long width) 
         std::memcpy(at, values, width * sizeof(float));
         return;
     }
-    if (type == CacheType::bf16) {
-        auto* out = static_cast<uint16_t*>(at);
-        for (long i = 0; i < width; ++i) out[i] = float_to_bf16(values[i]);
-        return;
-    }
+    if (type == CacheType::bf16) return ops().narrow_rows(values, 0, 1.0f, static_cast<uint16_t*>(at), 0, 1, width);
     auto* codes = static_cast<int8_t*>(at);
     uint8_t* scales = static_cast<uint8_t*>(at) + round_up(width, 4);
     for (long first = 0; first < width; first += kCacheGroup) {

@@ -207,7 +207,7 @@ SHOAL_INLINE void add_pairs(const uint16_t* weights, int64_t keys, const uint16_
         const uint16_t* row = values + i * value_stride;
         const uint16_t* next = i + 1 < keys ? row + value_stride : row;
         Pairs v[C];
-        if constexpr (C == kZipped && C > 1) {
+        if constexpr (C > 1) {
             zip_wide(row, next, v);
         } else {
             v[0] = zip_rows(row, next, n);

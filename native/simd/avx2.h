@@ -158,9 +158,6 @@ SHOAL_INLINE F32 dot_quad(F32 acc, const Pairs& w, const uint16_t* x4, int) {
     return fma(w.odd, _mm256_castsi256_ps(odd), acc);
 }
 constexpr int kZipped = 1;
-SHOAL_INLINE void zip_wide(const uint16_t* a, const uint16_t* b, Pairs (&out)[kZipped]) {
-    out[0] = zip_rows(a, b, kLanes);
-}
 SHOAL_INLINE void store_zipped(uint16_t* p, F32 even, F32 odd) {
     const __m128i low = narrow_bf16(even), high = narrow_bf16(odd);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi16(low, high));

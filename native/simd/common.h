@@ -15,7 +15,7 @@
 //   iadd round_i32 store_codes      sum; f32 to int32, ties to even; the low bytes of kLanes int32 in [-127, 127]
 //   Pairs load_pairs zip_rows dot_pair   2 * kLanes bf16: as stored; of two rows, element by element; acc += products
 //                                        with the two bf16 at a pointer, the same for every lane
-//   zip_wide                        zip_rows of kZipped * kLanes elements
+//   zip_wide                        zip_rows of kZipped * kLanes elements; where kZipped is 1 there is none
 //   dot_quad(acc, w, x4, part)      as dot_pair, with the first two of the four bf16 at x4 in lanes of even number and
 //                                   the last two in the others; the lanes are those from part * kLanes on
 //   store_zipped(p, even, odd)      2 * kLanes bf16, the elements of two F32 by turns

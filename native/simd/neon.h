@@ -132,9 +132,6 @@ SHOAL_INLINE F32 dot_quad(F32 acc, const Pairs& w, const uint16_t* x4, int) {
     return fma(w.odd, widen_bf16(vuzp2_u16(four, four)), acc);
 }
 constexpr int kZipped = 1;
-SHOAL_INLINE void zip_wide(const uint16_t* a, const uint16_t* b, Pairs (&out)[kZipped]) {
-    out[0] = zip_rows(a, b, kLanes);
-}
 SHOAL_INLINE void store_zipped(uint16_t* p, F32 even, F32 odd) {
     vst2_u16(p, uint16x4x2_t{{narrow_bf16(even), narrow_bf16(odd)}});
 }

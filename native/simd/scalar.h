@@ -113,9 +113,6 @@ SHOAL_INLINE F32 dot_quad(F32 acc, const Pairs& w, const uint16_t* x4, int part)
     return dot_pair(acc, w, x4 + part % 2 * 2);
 }
 constexpr int kZipped = 1;
-SHOAL_INLINE void zip_wide(const uint16_t* a, const uint16_t* b, Pairs (&out)[kZipped]) {
-    out[0] = zip_rows(a, b, kLanes);
-}
 SHOAL_INLINE void store_zipped(uint16_t* p, F32 even, F32 odd) {
     store_bf16(p, even);
     store_bf16(p + 1, odd);
