@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The load of `serve.py`, as a process of its own: HTTP/1.1 over kept connections, with as little else as possible.
+"""The load of `serve.py`, as a process of its own: HTTP/1.1 over kept connections, with as little else as possible,
+since on few cores whatever the client computes is taken from the server.
 
 Prints one line of JSON: what was answered, how fast, and what the server said meanwhile.
 """
@@ -8,16 +9,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
+import re
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-PATIENCE = 15.0  # seconds that an open loop waits for its last answers: whoever falls behind further has lost them
+import uvloop
+
+Reply = tuple[int, bytes, bytes]  # status, head in lower case, content
+Then = Callable[["Reply | None"], None]
+PATIENCE = 15.0  # seconds to wait for the last answers: what comes later counts as lost
+PREPARED = 300  # requests made before a second of a load without a rate; more are made on the way
+LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)")
 QUESTIONS = (
     "How do I reset my password?",
     "What are your opening hours?",
@@ -32,17 +42,18 @@ QUESTIONS = (
 
 @dataclass(kw_only=True)
 class Seen:
-    """What came back: seconds of each complete answer, counts of each status, and what was lost."""
+    """What came back: seconds and content of each complete answer, counts of each status, and what was lost."""
 
     seconds: list[float] = field(default_factory=list)
-    tokens: int = 0
+    contents: list[bytes] = field(default_factory=list)  # read when all is over
     statuses: Counter[int] = field(default_factory=Counter)
     lost: int = 0
     health: list[float] = field(default_factory=list)
     retry_after: int = 0
 
-    def report(self, wall: float) -> dict[str, Any]:
+    def report(self, wall: float, worked: float) -> dict[str, Any]:
         ordered = sorted(self.seconds)
+        tokens = sum(json.loads(content)["usage"]["completion_tokens"] for content in self.contents)
 
         def percentile(share: float) -> float | None:
             return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
@@ -51,7 +62,7 @@ class Seen:
             "wall_s": wall,
             "answers": len(ordered),
             "answers_per_s": len(ordered) / wall,
-            "tokens_per_s": self.tokens / wall,
+            "tokens_per_s": tokens / wall,
             "p50_ms": percentile(0.5),
             "p90_ms": percentile(0.9),
             "p99_ms": percentile(0.99),
@@ -59,44 +70,91 @@ class Seen:
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
             "with_retry_after": self.retry_after,
             "lost": self.lost,
+            "client_cpu_s": worked,
             "health_checks": len(self.health),
             "health_worst_ms": 1000 * max(self.health) if self.health else None,
         }
 
 
-class Connection:
-    """One kept connection."""
+class Connection(asyncio.Protocol):
+    """One kept connection with at most one request under way; opened when it is first needed."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._host, self._port = host, port
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._address = host, port
+        self._transport: asyncio.Transport | None = None
+        self._opening: asyncio.Task[Any] | None = None
+        self._held = b""
+        self._then: Then | None = None
 
-    async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, dict[bytes, bytes], bytes]:
-        if self._streams is None:
-            self._streams = await asyncio.open_connection(self._host, self._port)
-        reader, writer = self._streams
-        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Length: {len(body)}\r\n"
-        writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-        fields = dict(line.lower().split(b": ", 1) for line in lines[1:] if b": " in line)
-        if fields.get(b"transfer-encoding") == b"chunked":
-            content = b""
-            while size := int(await reader.readline(), 16):
-                content += (await reader.readexactly(size + 2))[:-2]
-            await reader.readline()
+    def ask(self, request: bytes, then: Then) -> None:
+        """Send a request; `then` is called with status, head (lower case) and content, or with None if none came."""
+        self._then = then
+        if self._transport is not None:
+            self._transport.write(request)
         else:
-            content = await reader.readexactly(int(fields.get(b"content-length", b"0")))
-        if fields.get(b"connection") == b"close":
-            self.close()
-        return int(lines[0].split()[1]), fields, content
+            self._opening = asyncio.ensure_future(self._open(request))
+
+    async def _open(self, request: bytes) -> None:
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: self, *self._address)
+        except OSError:
+            self._end(None)
+            return
+        assert self._transport is not None
+        self._transport.write(request)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport, self._held = transport, b""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is not None:  # the other side's doing
+            self._transport = None
+            self._end(None)
+
+    def data_received(self, data: bytes) -> None:
+        self._held += data
+        head, blank, content = self._held.partition(b"\r\n\r\n")
+        if not blank:
+            return
+        head = head.lower()
+        if length := LENGTH.search(head):
+            if len(content) < int(length[1]):
+                return
+        elif b"transfer-encoding: chunked" in head:
+            if not content.endswith(b"0\r\n\r\n"):
+                return
+            content = b"".join(unchunked(content))
+        self._held = b""
+        if b"\r\nconnection: close" in head and self._transport is not None:
+            self._transport.close()
+            self._transport = None
+        self._end((int(head[9:12]), head, content))
+
+    def _end(self, reply: Reply | None) -> None:
+        then, self._then = self._then, None
+        if then is not None:
+            then(reply)
 
     def close(self) -> None:
-        if self._streams is not None:
-            self._streams[1].close()
-            self._streams = None
+        """Whatever is under way is forgotten."""
+        self._then = None
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+
+def unchunked(content: bytes) -> Iterator[bytes]:
+    while size := int(content[: content.index(b"\r\n")], 16):
+        first = content.index(b"\r\n") + 2
+        yield content[first : first + size]
+        content = content[first + size + 2 :]
 
 
 class Load:
+    """Callbacks on one event loop, and requests made beforehand: on a machine of few cores what the client computes
+    while it measures is taken from the server."""
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         url = urlsplit(args.url)
@@ -104,92 +162,110 @@ class Load:
         self.seen = Seen()
         self.until = 0.0
         self.rng = random.Random(args.seed)
+        self.requests: list[bytes] = []
+        self.idle: list[Connection] = []
+        self.under_way: set[Connection] = set()
 
-    def body(self) -> tuple[str, bytes]:
+    def request(self) -> bytes:
         """A request like the others, but with a beginning of its own, so that no cache has read it before."""
         args = self.args
-        common = {"max_tokens": args.gen, "temperature": 0, "ignore_eos": True, "stream": False, "cache_prompt": False}
+        body = {"max_tokens": args.gen, "temperature": 0, "ignore_eos": True, "stream": False, "cache_prompt": False}
         if args.chat:
             question = f"[{self.rng.randrange(10**6)}] {self.rng.choice(QUESTIONS)}"
-            body = {"messages": [{"role": "user", "content": question}], **common}
-            return "/v1/chat/completions", json.dumps(body).encode()
-        ids = [self.rng.randrange(300, args.vocabulary) for _ in range(args.prompt)]
-        return "/v1/completions", json.dumps({"prompt": ids, **common}).encode()
+            body |= {"messages": [{"role": "user", "content": question}]}
+            return self.message("POST", "/v1/chat/completions", json.dumps(body).encode())
+        body |= {"prompt": [self.rng.randrange(300, args.vocabulary) for _ in range(args.prompt)]}
+        return self.message("POST", "/v1/completions", json.dumps(body).encode())
 
-    async def one(self, connection: Connection) -> int:
-        path, body = self.body()
-        began = time.perf_counter()
-        try:
-            status, fields, content = await connection.ask("POST", path, body)
-        except asyncio.CancelledError:
-            connection.close()
-            raise
-        except (OSError, EOFError, ValueError):
-            connection.close()
-            self.seen.lost += 1
-            return 0
-        took = time.perf_counter() - began
-        self.seen.statuses[status] += 1
-        self.seen.retry_after += b"retry-after" in fields
-        if status == 200:
-            self.seen.seconds.append(took)
-            self.seen.tokens += json.loads(content)["usage"]["completion_tokens"]
-        return status
+    def message(self, method: str, path: str, body: bytes = b"") -> bytes:
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Length: {len(body)}\r\n"
+        return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
 
-    async def client(self) -> None:
+    def send(self, connection: Connection, due: float, then: Callable[[int], None]) -> None:
+        """One request and the books about it; `then` gets the status, 0 if the connection broke."""
+
+        def arrived(reply: Reply | None) -> None:
+            self.under_way.discard(connection)
+            if reply is None:
+                self.seen.lost += 1
+                then(0)
+                return
+            status, head, content = reply
+            self.seen.statuses[status] += 1
+            if status == 200:
+                self.seen.seconds.append(time.perf_counter() - due)
+                self.seen.contents.append(content)
+            else:
+                self.seen.retry_after += b"\r\nretry-after: " in head
+            then(status)
+
+        self.under_way.add(connection)
+        connection.ask(self.requests.pop() if self.requests else self.request(), arrived)
+
+    def client(self) -> None:
         """Asks again as soon as it has its answer; a refused one waits a little, or refusals would be all there is."""
         connection = Connection(self.host, self.port)
-        while time.perf_counter() < self.until:
-            if await self.one(connection) != 200:
-                await asyncio.sleep(0.1)
-        connection.close()
+        loop = asyncio.get_running_loop()
+
+        def go_on(status: int) -> None:
+            if time.perf_counter() >= self.until:
+                connection.close()
+            elif status == 200:
+                self.send(connection, time.perf_counter(), go_on)
+            else:
+                loop.call_later(0.1, go_on, 200)
+
+        go_on(200)
 
     async def open_loop(self) -> None:
-        """Asks at a fixed rate, whether or not answers come; what is not answered soon after the last is lost."""
-        idle: list[Connection] = []
-        tasks: set[asyncio.Task[None]] = set()
-
-        async def ask() -> None:
-            connection = idle.pop() if idle else Connection(self.host, self.port)
-            await self.one(connection)
-            idle.append(connection)
-
-        began = time.perf_counter()
-        number = 0
+        """Asks at a fixed rate, whether or not answers come. An answer's time counts from when its request was due."""
+        began, number = time.perf_counter(), 0
         while (due := began + number / self.args.rate) < self.until:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            task = asyncio.ensure_future(ask())
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            if (wait := due - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            connection = self.idle.pop() if self.idle else Connection(self.host, self.port)
+            self.send(connection, due, lambda status, connection=connection: self.idle.append(connection))
             number += 1
-        end = time.perf_counter() + PATIENCE
-        while tasks and time.perf_counter() < end:
-            await asyncio.sleep(0.01)
-        self.seen.lost += len(tasks)
-        for task in list(tasks):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for connection in idle:
-            connection.close()
 
     async def watch(self) -> None:
         connection = Connection(self.host, self.port)
-        while time.perf_counter() < self.until:
-            began = time.perf_counter()
-            status, _, _ = await connection.ask("GET", "/health")
-            assert status == 200
+        message = self.message("GET", "/health")
+        while (began := time.perf_counter()) < self.until:
+            reply: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
+            connection.ask(message, reply.set_result)
+            answer = await reply
+            assert answer is not None
+            assert answer[0] == 200
             self.seen.health.append(time.perf_counter() - began)
             await asyncio.sleep(0.25)
         connection.close()
 
+    async def phase(self, seconds: float) -> dict[str, Any]:
+        args = self.args
+        self.requests = [self.request() for _ in range(int(seconds * (args.rate or PREPARED)) + 1)]
+        self.seen = Seen()
+        gc.collect()
+        gc.freeze()
+        began, worked = time.perf_counter(), time.process_time()
+        self.until = began + seconds
+        if not args.rate:
+            for _ in range(args.clients):
+                self.client()
+        await asyncio.gather(self.watch(), *([self.open_loop()] if args.rate else []))
+        end = time.perf_counter() + PATIENCE
+        while self.under_way and time.perf_counter() < end:
+            await asyncio.sleep(0.01)
+        wall, worked = time.perf_counter() - began, time.process_time() - worked
+        self.seen.lost += len(self.under_way)
+        for connection in (*self.under_way, *self.idle):
+            connection.close()
+        self.under_way.clear()
+        self.idle.clear()
+        return self.seen.report(wall, worked)
+
     async def run(self) -> dict[str, Any]:
-        for seconds in (self.args.warm_up, self.args.seconds):
-            self.seen = Seen()
-            began = time.perf_counter()
-            self.until = began + seconds
-            jobs = [self.open_loop()] if self.args.rate else [self.client() for _ in range(self.args.clients)]
-            await asyncio.gather(self.watch(), *jobs)
-        return self.seen.report(time.perf_counter() - began)
+        await self.phase(self.args.warm_up)
+        return await self.phase(self.args.seconds)
 
 
 def main() -> None:
@@ -204,7 +280,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    print(json.dumps(asyncio.run(Load(parser.parse_args()).run())))
+    print(json.dumps(uvloop.run(Load(parser.parse_args()).run())))
 
 
 if __name__ == "__main__":

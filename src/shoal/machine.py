@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -19,6 +20,30 @@ def usable_cpus(root: Path = Path("/")) -> int:
         if quota and period and quota > 0:
             count = min(count, math.ceil(quota / period))
     return max(1, count)
+
+
+def processors() -> list[int]:
+    """Numbers of the processors that this thread may run on; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def stay_on(places: Collection[int], thread: int = 0) -> None:
+    """Keep a thread (by its native id; this one), and those that it starts from now on, on these processors; nothing is
+    changed if none are named."""
+    if places:
+        with contextlib.suppress(OSError):  # taken from this process meanwhile: it runs where it may
+            os.sched_setaffinity(thread, places)
+
+
+@contextlib.contextmanager
+def staying_on(places: Collection[int]) -> Iterator[None]:
+    """`stay_on` until the block ends."""
+    before = processors() if places else []
+    stay_on(places)
+    try:
+        yield
+    finally:
+        stay_on(before)
 
 
 def available_bytes(root: Path = Path("/")) -> int:

@@ -29,6 +29,7 @@ SERVE_FLAGS = {
     "price-per-hour": "SHOAL_PRICE_PER_HOUR",
     "max-context": "SHOAL_MAX_CONTEXT",
     "threads": "SHOAL_THREADS",
+    "pin": "SHOAL_PIN",
     "log": "SHOAL_LOG",
     "log-prompts": "SHOAL_LOG_PROMPTS",
     "trace-dir": "SHOAL_TRACE_DIR",

@@ -52,6 +52,9 @@ def run(
     price_per_hour: Annotated[float | None, _flag("price-per-hour", "The machine's price in dollars.", min=0)] = None,
     max_context: Annotated[int | None, _flag("max-context", "Most tokens of prompt and answer.", min=1)] = None,
     threads: Annotated[int | None, _flag("threads", "CPU threads.", min=1, max=1024)] = None,
+    pin: Annotated[
+        bool, _flag("pin", "Each thread on processors of its own, if they fill all.", "--pin/--no-pin")
+    ] = True,
     log: Annotated[LogKind, _flag("log", "A line for each request, as text or JSON, or none.")] = LogKind.text,
     log_prompts: Annotated[bool, _flag("log-prompts", "Log the bodies of requests too.", "--log-prompts")] = False,
     trace_dir: Annotated[Path | None, _flag("trace-dir", "Record where the tokens go.", metavar="DIR")] = None,
@@ -77,7 +80,7 @@ def run(
     from shoal import hub
     from shoal.cli.trace import Traces
     from shoal.engine import LLM
-    from shoal.server.run import bind, serve
+    from shoal.server.run import bind, places, serve
 
     model = served or model
     path = hub.resolve(model)  # an unknown name ends here, before a socket is opened
@@ -90,8 +93,11 @@ def run(
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
     say, traces = _Voice(log), Traces(trace_dir, keep_text=trace_text)
 
+    first, others = places(threads) if pin else ([], [])
+
     def load() -> LLM:
         limits: dict[str, Any] = {"max_context": max_context, "threads": threads, "max_running": parallel}
+        limits["helpers_on"] = others
         llm = LLM(path, **limits)
         for adapter_name, folder in adapters.items():
             llm.load_adapter(adapter_name, folder)
@@ -103,7 +109,7 @@ def run(
         name=name, sock=sock, adapters=tuple(adapters), code=code_name, parallel=parallel, max_queue=max_queue,
         request_seconds=request_seconds, drain_seconds=drain_seconds, price_per_hour=price_per_hour, policy=policy,
         on_start=lambda: say(f"listening on {address} (loading {name})", "listening", url=address, model=name),
-        on_ready=say.ready,
+        on_ready=say.ready, engine_on=first, others_on=others,
     )  # fmt: skip
     traces.close()
     say("stopped", "stopped")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from shoal.config import ModelConfig
 from shoal.engine.adapters import PackedAdapter
+from shoal.engine.expert_load import ExpertLoad
 from shoal.engine.memory import check_memory
 from shoal.engine.pages import PagePool
 from shoal.engine.plan import PAGE_TOKENS, Moments, cache_widths, write_plan
@@ -34,6 +35,7 @@ Floats = NDArray[np.float32]
 STEP_TOKENS = 512
 CACHES = {"f32": 0, "bf16": 1, "int8": 2}
 MIXED_TOKENS = 128
+SAMPLED = 16  # of so many steps one is counted in `expert_load`: reading where the tokens went takes a while
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class Core:
         prefill: `auto`, `absorbed` or `expanded`: form of a latent model's attention over prompts (`engine.prefill`).
         step_tokens, mixed_tokens: see `Scheduler`; they change speed, never results.
         moments: to be filled with what every matrix meets (`plan.write_plan`), for calibration.
+        helpers_on: processors for the team's threads beside the one that steps; any if none are named.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Core:
         step_tokens: int = STEP_TOKENS,
         mixed_tokens: int = MIXED_TOKENS,
         moments: Moments | None = None,
+        helpers_on: Collection[int] = (),
     ) -> None:
         if cache not in CACHES:
             raise ConfigError("cache", f"{cache!r} is not one of {', '.join(CACHES)}")
@@ -125,7 +129,7 @@ class Core:
         self.threads = threads or usable_cpus()
         plan = write_plan(
             checkpoint, threads=self.threads, scheme=weights, wide=wide, look_ahead=look_ahead,
-            expand=expand is not None, moments=moments,
+            expand=expand is not None, moments=moments, helpers_on=helpers_on,
         )  # fmt: skip
         pages = -(-cache_tokens // PAGE_TOKENS)
         plan.engine.cache(plan.cache_layers, plan.cache_widths, CACHES[cache], pages)
@@ -141,6 +145,7 @@ class Core:
         self._engine = plan.engine
         self._config = config
         self._steps = 0
+        self.expert_load: ExpertLoad | None = None  # set it to have a sample of the steps counted
         self._adapters: dict[int, PackedAdapter] = {}
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
@@ -326,6 +331,8 @@ class Core:
             except Exception as error:
                 piece.sequence.fail(error)
             done.append((piece, kept))
+        if self.expert_load is not None and self._steps % SAMPLED == 1:
+            self.expert_load.add(read_routing(self._engine, self._config, len(batch.tokens))[0])
         if self._config.moe is not None and any(piece.sequence.on_routing for piece in batch.slices):
             step = Step(number=self._steps, rows=len(batch.tokens), started=started, seconds=ended - started)
             self._report_routing(batch, step, [kept for _, kept in done])

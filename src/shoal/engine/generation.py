@@ -75,12 +75,16 @@ class Generation:
             out.append(Chunk(logprobs=tuple(self._scores)))
         if self._routings:
             out.append(Chunk(routing=tuple(self._routings.popleft() for _ in range(len(self._routings)))))
+        text, tokens, logprobs = "", [], []
         while sequence.outputs and not self._stops.stopped:
             produced = sequence.outputs.popleft()
-            self._taken += 1
-            text = self._stops.push(self._decoder.push(produced.token))
-            logprobs = (self._logprob(produced),) if sequence.params.logprobs is not None else ()
-            out.append(Chunk(text=text, token_ids=(produced.token,), logprobs=logprobs))
+            text += self._stops.push(self._decoder.push(produced.token))
+            tokens.append(produced.token)
+            if sequence.params.logprobs is not None:
+                logprobs.append(self._logprob(produced))
+        if tokens:
+            self._taken += len(tokens)
+            out.append(Chunk(text=text, token_ids=tuple(tokens), logprobs=tuple(logprobs)))
         if self._stops.stopped:
             out.append(self._last("", "stop"))
         elif finish == "error":
@@ -94,8 +98,9 @@ class Generation:
 
     def cancel(self) -> None:
         """Stop, finished or not, and free the cache pages at once. Nothing more comes."""
-        self.done = True
-        self._core.release(self._sequence)
+        if not self.done:
+            self.done = True
+            self._core.release(self._sequence)
 
     def _last(self, text: str, finish: str) -> Chunk:
         self.cancel()

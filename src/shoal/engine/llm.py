@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ Message = Mapping[str, Any]
 DEFAULT_CACHE_TOKENS = 32768
 MAX_THREADS = 1024
 MAX_SPECULATE = 64
-SAMPLED = 16  # of so many requests one shows its routing to `expert_load`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +61,7 @@ class LLM:
         speculate: most tokens guessed ahead per step by prompt lookup; output is the same with and without.
         look_ahead: guess one token ahead with the model's own multi-token-prediction layer, if it has one; the same.
         adapter: a PEFT folder of a LoRA, merged into the weights as they are packed. `load_adapter` keeps LoRAs apart.
+        helpers_on: processors for the team's threads beside the one that asks (`server.run`); any if none are named.
 
     Raises:
         UnknownModelError, FileError, ConfigError: the model cannot be opened, with the reason; one is that it needs
@@ -84,6 +84,7 @@ class LLM:
         speculate: int = 0,
         look_ahead: bool = False,
         adapter: str | Path | None = None,
+        helpers_on: Collection[int] = (),
     ) -> None:
         _check_range("max_context", max_context, 1, None)
         _check_range("threads", threads, 1, MAX_THREADS)
@@ -116,15 +117,13 @@ class LLM:
         self.max_context = min(self.max_context, cache_tokens)
         # Called for each request that is prepared; what it returns hears where the request's tokens go (`shoal.trace`).
         self.trace: Callable[[], OnRouting] | None = None
-        self.expert_load: ExpertLoad | None = None  # set it to have a sample of requests counted
-        self._num_sequences = 0
         self._eos = frozenset(self.config.eos_token_id) | frozenset(self.tokenizer.eos_token_ids)
         known_ids = min(self.tokenizer.vocab_size, self.config.vocab_size)
         self._grammars = Grammars(self.tokenizer, known_ids, tuple(self._eos))
         self._core = Core(
             checkpoint, threads=threads or settings.threads(), weights=weights, activations=activations, cache=cache,
             cache_tokens=cache_tokens, max_running=max_running, known_ids=known_ids,
-            look_ahead=look_ahead, prefill=prefill,
+            look_ahead=look_ahead, prefill=prefill, helpers_on=helpers_on,
         )  # fmt: skip
 
     def load_adapter(self, name: str, path: str | Path) -> None:
@@ -244,6 +243,15 @@ class LLM:
         return any(worked)
 
     @property
+    def expert_load(self) -> ExpertLoad | None:
+        """What counts how evenly the experts are used, over a sample of the steps; nothing does unless it is set."""
+        return self._core.expert_load
+
+    @expert_load.setter
+    def expert_load(self, counts: ExpertLoad) -> None:
+        self._core.expert_load = counts
+
+    @property
     def load(self) -> Load:
         """Sequences that run and wait, and pages of the cache in use."""
         return self._core.load
@@ -343,11 +351,7 @@ class LLM:
 
     def _watchers(self) -> list[OnRouting]:
         """Who hears where the next sequence's tokens go."""
-        out = [self.trace()] if self.trace is not None else []
-        self._num_sequences += 1
-        if self.expert_load is not None and self._num_sequences % SAMPLED == 1:
-            out.append(self.expert_load.add)
-        return out
+        return [self.trace()] if self.trace is not None else []
 
     def _prompt_ids(self, prompt: str | Sequence[int], *, room: int) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

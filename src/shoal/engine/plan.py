@@ -8,7 +8,7 @@ Letters: T tokens of a step, D model, N heads, H nope, R rope, C latent, V value
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from shoal.errors import ConfigError
 from shoal.formats.checkpoint import Checkpoint, LazyTensor
 from shoal.formats.layout import EXPERT_PARTS
 from shoal.kernels import native
+from shoal.machine import staying_on
 
 T = TypeVar("T")
 Moments = dict[str, NDArray[np.float32]]
@@ -119,6 +120,7 @@ def write_plan(
     expand: bool = False,
     moments: Moments | None = None,
     states_of: Plan | None = None,
+    helpers_on: Collection[int] = (),
 ) -> Plan:
     """Pack the weights and write the operations of one forward pass.
 
@@ -131,6 +133,7 @@ def write_plan(
             [count, cols + 1] to which every step adds the squares of each input column and, last, the number of inputs.
         states_of: a plan of the same checkpoint whose weights this one shares; in place of logits it gives the states
             after the final norm [T, D], exactly, as a head that is the identity does.
+        helpers_on: processors for the team's threads beside the caller's; any if none are named.
     """
     checkpoint.check_complete()
     config = checkpoint.config
@@ -138,7 +141,8 @@ def write_plan(
         raise ConfigError(
             "mlp_bias", "is true, which the engine does not support: its feed-forward layers add no biases"
         )
-    engine = native.Engine(threads, wide, wide)
+    with staying_on(helpers_on):  # it starts the team's other threads
+        engine = native.Engine(threads, wide, wide)
     out = _Writer(
         checkpoint=checkpoint, engine=engine, scheme=scheme, threads=threads, moments=moments, expand=expand,
         weights={} if states_of is None else states_of.weights,

@@ -16,6 +16,7 @@ from shoal.engine.params import BAN, SamplingParams
 from shoal.errors import RequestError, ShoalError
 
 Floats = NDArray[np.float32]
+_NO_IDS, _NO_BIAS = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 class Sampler:
@@ -26,20 +27,15 @@ class Sampler:
     ) -> None:
         self._params = params
         self._constraint = constraint
-        self._rng = np.random.Generator(np.random.Philox(_seed(params.seed)))
+        # A stream of random numbers takes longer to make than a greedy token to choose.
+        self._rng = np.random.Generator(np.random.Philox(_seed(params.seed))) if params.temperature > 0.0 else None
         penalised = params.presence_penalty or params.frequency_penalty
         self._counts_V = np.zeros(vocab_size, np.int32) if penalised else None
         self._seen_V = np.zeros(vocab_size, bool) if params.repetition_penalty != 1.0 else None
         if self._seen_V is not None:
             ids = np.asarray(prompt, np.int64)
             self._seen_V[ids[ids < vocab_size]] = True
-        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
-        if self._bias_ids.size and self._bias_ids.max() >= vocab_size:
-            raise RequestError("logit_bias", f"token {self._bias_ids.max()} is outside the vocabulary of {vocab_size}")
-        bias = np.fromiter(params.logit_bias.values(), np.float32)
-        self._bias = np.where(bias == BAN, np.float32(-np.inf), bias)
-        if (bias == BAN).sum() == vocab_size:
-            raise RequestError("logit_bias", "forbids every token")
+        self._bias_ids, self._bias = _biases(params, vocab_size) if params.logit_bias else (_NO_IDS, _NO_BIAS)
 
     @property
     def finished(self) -> bool:
@@ -60,7 +56,7 @@ class Sampler:
         if not math.isfinite(adjusted_V[best]):
             raise self._no_choice(logits_V)
         token = best
-        if self._params.temperature > 0.0:
+        if self._rng is not None:
             ids, probs = cut(adjusted_V, self._params)
             reached = np.cumsum(probs)
             drawn = np.searchsorted(reached, self._rng.random() * reached[-1], side="right")
@@ -161,6 +157,17 @@ def likeliest(logits_V: NDArray[np.floating], count: int) -> list[int]:
         return []
     ids = _best(logits_V, count)
     return [int(i) for i in ids[np.lexsort((ids, -logits_V[ids]))]]
+
+
+def _biases(params: SamplingParams, vocab_size: int) -> tuple[NDArray[np.int64], Floats]:
+    """Ids and what their logits gain; −inf forbids. RequestError: they are outside the vocabulary, or all forbidden."""
+    ids = np.fromiter(params.logit_bias.keys(), np.int64)
+    if ids.max() >= vocab_size:
+        raise RequestError("logit_bias", f"token {ids.max()} is outside the vocabulary of {vocab_size}")
+    bias = np.fromiter(params.logit_bias.values(), np.float32)
+    if (bias == BAN).sum() == vocab_size:
+        raise RequestError("logit_bias", "forbids every token")
+    return ids, np.where(bias == BAN, np.float32(-np.inf), bias)
 
 
 def _seed(seed: int | None) -> int | None:

@@ -7,17 +7,20 @@ import gc
 import ipaddress
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from shoal import settings
 from shoal.engine import LLM
 from shoal.engine.expert_load import ExpertLoad
+from shoal.machine import processors, stay_on, usable_cpus
 from shoal.server.app import Policy, create_app
 from shoal.server.guard import LOOPBACK
-from shoal.server.protocol_http import MAX_HEAD_BYTES, PatientProtocol
+from shoal.server.protocol_http import PatientProtocol
 from shoal.server.service import Service
 from shoal.server.worker import EngineWorker
 
@@ -43,8 +46,7 @@ def uvicorn_config(app: ASGIApp, *, drain_seconds: int) -> uvicorn.Config:
     """One connection's manners: bounds on heads and idleness, no log but our own."""
     return uvicorn.Config(
         app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=drain_seconds,
-        http=PatientProtocol, h11_max_incomplete_event_size=MAX_HEAD_BYTES, timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        ws="none", lifespan="on",
+        http=PatientProtocol, timeout_keep_alive=KEEP_ALIVE_SECONDS, ws="none", lifespan="on",
     )  # fmt: skip
 
 
@@ -63,13 +65,16 @@ def serve(
     policy: Policy | None = None,
     on_start: Callable[[], None] | None = None,
     on_ready: Callable[[LLM], None] | None = None,
+    engine_on: Collection[int] = (),
+    others_on: Collection[int] = (),
 ) -> bool:
     """Serve one model on a listening socket until SIGTERM or SIGINT, then finish what runs and return.
 
     The socket answers (503) while the model loads. A second SIGINT ends at once. `on_start` is called when signals are
     handled and the loading begins, `on_ready` (on another thread) when it is done. `parallel`, `max_queue` and
     `request_seconds` are those of `EngineWorker`; `adapters` are those of the model, `code` is the name in `LLM.beside`
-    of one that fills gaps. A server on a loopback address answers to loopback names only.
+    of one that fills gaps. `engine_on` and `others_on` are those of `places`. A server on a loopback address answers to
+    loopback names only.
 
     Returns:
         False if the engine's thread could not be stopped because it is still loading. It is a daemon, but Python cannot
@@ -79,12 +84,17 @@ def serve(
         whatever `load` raised, after the server has stopped.
     """
 
+    loop_thread = threading.get_native_id()
+    before = processors() if others_on else []
+
     def load_and_tell() -> LLM:
         llm = load()
         if llm.config.moe is not None:
             llm.expert_load = ExpertLoad(llm.config)
         gc.collect()
         gc.freeze()  # what is here now stays: looking through it again would cost a hundredth of the time
+        stay_on(engine_on)
+        stay_on(others_on, loop_thread)
         if on_ready is not None:
             on_ready(llm)
         return llm
@@ -108,9 +118,23 @@ def serve(
             server.run(sockets=[sock])
         finally:
             gc.unfreeze()
+            stay_on(before, loop_thread)
     if worker.error is not None:
         raise worker.error
     return not worker.alive
+
+
+def places(threads: int | None) -> tuple[list[int], list[int]]:
+    """Processors for the thread that steps the engine, and for all others of the server; none, which is any, unless the
+    engine's team fills the machine.
+
+    The team meets at a barrier several times a layer. Where the system moves its threads freely it puts two of them on
+    one processor again and again, as long as others (the event loop, a client) come and go on the next one."""
+    all_of_them = processors()
+    team = threads or settings.threads() or usable_cpus()
+    if len(all_of_them) < 2 or team != len(all_of_them):
+        return [], []
+    return all_of_them[:1], all_of_them[1:]
 
 
 def is_loopback(host: str) -> bool:

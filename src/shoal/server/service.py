@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import time
@@ -25,11 +26,12 @@ from shoal.server.errors import ApiError, json_response, named
 from shoal.server.grammar_check import GrammarChecker
 from shoal.server.journal import new_id
 from shoal.server.protocol import SamplingRequest
-from shoal.server.sse import unless_disconnected
-from shoal.server.worker import EngineWorker, Piece, Results
+from shoal.server.sse import disconnected
+from shoal.server.worker import ClientGoneError, EngineWorker, Piece, Results
 
 T = TypeVar("T")
 GRAMMAR_THREADS = 2
+WATCH_AFTER = 0.25  # seconds: a task that waits for the client to leave costs more than a short answer's other HTTP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +102,27 @@ def service_of(request: Request) -> Service:
 async def whole_answer(
     request: Request, results: Results, add: Callable[[Piece], object], body: Callable[[], dict[str, Any]]
 ) -> Response:
-    """Collect every piece, then answer; a client that leaves meanwhile cancels the work."""
+    """Collect every piece, then answer; a client that leaves meanwhile cancels the work, if it takes long enough for
+    that to matter."""
+    watch: asyncio.Task[None] | None = None
 
-    async def collect() -> bool:
+    def start_watching() -> None:
+        nonlocal watch
+        watch = asyncio.ensure_future(disconnected(request.receive))
+        watch.add_done_callback(lambda _: results.leave())
+
+    timer = results.loop.call_later(WATCH_AFTER, start_watching)
+    try:
         async for piece in results:
             add(piece)
-        return True
-
-    try:
-        if await unless_disconnected(request.receive, collect()):
-            return json_response(body())
+        return json_response(body())
+    except ClientGoneError:
         results.metrics.cancelled += 1
         return Response(status_code=499)  # nobody is there to read it
     finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
         results.cancel()
 
 

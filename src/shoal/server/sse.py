@@ -90,7 +90,7 @@ class EventStream(Response):
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T | None:
     """The result of `work`, or None if the client went away first, in which case `work` is cancelled."""
     job = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(receive))
+    gone = asyncio.ensure_future(disconnected(receive))
     try:
         await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
         return job.result() if job.done() and not job.cancelled() else None
@@ -100,6 +100,7 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T | None:
         await asyncio.gather(job, gone, return_exceptions=True)
 
 
-async def _disconnect(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -22,6 +22,10 @@ Piece = tuple[int, Any]  # number of the choice, and what it produced: a Chunk, 
 _END = object()
 
 
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
 class Work(Protocol):
     """What the thread advances: a `Generation`, or something with its face."""
 
@@ -66,7 +70,10 @@ class Results(AsyncIterator[Piece]):
         return self._worker.metrics
 
     def cancel(self) -> None:
-        """Give up, from any thread: a waiting request leaves the queue, a running one gives its pages back."""
+        """Give up, from any thread: a waiting request leaves the queue, a running one gives its pages back. One that
+        has been read to its end has done both."""
+        if self._finished:
+            return
         for generation in self.generations:
             generation.cancel()
         self._worker.forget(self)
@@ -123,17 +130,27 @@ class Results(AsyncIterator[Piece]):
         self._items.extend(items)
         self._arrived.set()
 
+    def leave(self) -> None:
+        """On the event loop: end the reading by ClientGoneError."""
+        self._items.appendleft(ClientGoneError())
+        self._arrived.set()
+
     async def next(self, timeout: float | None = None) -> Piece | None:
         """The next item, or None if none arrives within `timeout` seconds. Raises StopAsyncIteration at the end."""
         while not self._items:
             if self._finished:
                 raise StopAsyncIteration
             self._arrived.clear()
+            if timeout is None:
+                await self._arrived.wait()
+                continue
             try:
                 await asyncio.wait_for(self._arrived.wait(), timeout)
             except asyncio.TimeoutError:
                 return None
         item = self._items.popleft()
+        if isinstance(item, ClientGoneError):
+            raise item
         if isinstance(item, Exception):
             self._finished = True
             raise named(item, self._fields)
