@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import uvloop
@@ -104,8 +104,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(request)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport, self._held = transport, b""
+        self._transport, self._held = cast(asyncio.Transport, transport), b""
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is not None:  # the other side's doing

@@ -46,15 +46,11 @@ def run(
     parallel: Annotated[int, _flag("parallel", "Most answers written at once.", min=1, max=1024)] = 32,
     max_queue: Annotated[int, _flag("max-queue", "Most requests that wait; more get 429.", min=0, max=100_000)] = 64,
     request_seconds: Annotated[int, _flag("request-seconds", "Most that a request may take.", min=1)] = 3600,
-    drain_seconds: Annotated[
-        int, _flag("drain-seconds", "How long SIGTERM lets answers go on.", min=0, max=86_400)
-    ] = 30,
+    drain_seconds: Annotated[int, _flag("drain-seconds", "How long SIGTERM lets answers run.", min=0, max=86_400)] = 30,
     price_per_hour: Annotated[float | None, _flag("price-per-hour", "The machine's price in dollars.", min=0)] = None,
     max_context: Annotated[int | None, _flag("max-context", "Most tokens of prompt and answer.", min=1)] = None,
     threads: Annotated[int | None, _flag("threads", "CPU threads.", min=1, max=1024)] = None,
-    pin: Annotated[
-        bool, _flag("pin", "Each thread on processors of its own, if they fill all.", "--pin/--no-pin")
-    ] = True,
+    pin: Annotated[bool, _flag("pin", "Keep threads that fill the machine apart.", "--pin/--no-pin")] = True,
     log: Annotated[LogKind, _flag("log", "A line for each request, as text or JSON, or none.")] = LogKind.text,
     log_prompts: Annotated[bool, _flag("log-prompts", "Log the bodies of requests too.", "--log-prompts")] = False,
     trace_dir: Annotated[Path | None, _flag("trace-dir", "Record where the tokens go.", metavar="DIR")] = None,
@@ -92,12 +88,10 @@ def run(
     sock = bind(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
     say, traces = _Voice(log), Traces(trace_dir, keep_text=trace_text)
-
-    first, others = places(threads) if pin else ([], [])
+    first, others = places(threads, pin)
 
     def load() -> LLM:
-        limits: dict[str, Any] = {"max_context": max_context, "threads": threads, "max_running": parallel}
-        limits["helpers_on"] = others
+        limits: Any = {"max_context": max_context, "threads": threads, "max_running": parallel, "helpers_on": others}
         llm = LLM(path, **limits)
         for adapter_name, folder in adapters.items():
             llm.load_adapter(adapter_name, folder)

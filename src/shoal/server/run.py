@@ -124,7 +124,7 @@ def serve(
     return not worker.alive
 
 
-def places(threads: int | None) -> tuple[list[int], list[int]]:
+def places(threads: int | None, pin: bool = True) -> tuple[list[int], list[int]]:
     """Processors for the thread that steps the engine, and for all others of the server; none, which is any, unless the
     engine's team fills the machine.
 
@@ -132,7 +132,7 @@ def places(threads: int | None) -> tuple[list[int], list[int]]:
     one processor again and again, as long as others (the event loop, a client) come and go on the next one."""
     all_of_them = processors()
     team = threads or settings.threads() or usable_cpus()
-    if len(all_of_them) < 2 or team != len(all_of_them):
+    if not pin or len(all_of_them) < 2 or team != len(all_of_them):
         return [], []
     return all_of_them[:1], all_of_them[1:]
 
