@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from shoal.engine import Chunk, SamplingParams, Stats, TokenLogprob
 from shoal.engine.sampler import likeliest
 from shoal.errors import RequestError
 from shoal.formats.checkpoint import Checkpoint
+from shoal.machine import processors, staying_on
 
 PROMPT = some_tokens(20)
 GREEDY = SamplingParams(temperature=0, max_tokens=25)
@@ -311,3 +313,17 @@ def _top(llm: LLM, tokens: list[int], params: SamplingParams) -> dict[int, float
     ids = likeliest(row, params.top_k)
     weights = np.exp((row[ids] - row[ids].max()) / params.temperature)
     return dict(zip(ids, (weights / weights.sum()).tolist(), strict=True))
+
+
+@pytest.mark.skipif(len(processors()) < 2, reason="needs two processors and a system that tells them")
+def test_the_team_s_helpers_start_where_they_are_told_and_the_caller_stays_free(llama: tuple[Any, Checkpoint]) -> None:
+    every = processors()
+    before = set(os.listdir("/proc/self/task"))
+    llm = open_tiny(llama[1], threads=2, helpers_on=every[1:2])
+    new = set(os.listdir("/proc/self/task")) - before
+    assert {frozenset(os.sched_getaffinity(int(thread))) for thread in new} == {frozenset(every[1:2])}
+    assert processors() == every
+    with staying_on(every[:1]):
+        assert processors() == every[:1]
+        assert llm.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=3)).token_ids
+    assert processors() == every

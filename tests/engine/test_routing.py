@@ -15,6 +15,7 @@ from tests.engine.conftest import V2, V3, assert_idle, open_tiny, set_steps, som
 
 from shoal import LLM  # noqa: E402
 from shoal.engine import SamplingParams  # noqa: E402
+from shoal.engine.expert_load import ExpertLoad  # noqa: E402
 from shoal.engine.routing import Routing, routed_layers  # noqa: E402
 
 GREEDY = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, routing=True)
@@ -171,3 +172,14 @@ def test_asking_for_another_step_s_routing_is_refused() -> None:
         arrays = np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty((*shape[:2], 16), np.float32)
         with pytest.raises(ValueError, match="routing of another step"):
             engine.routing(*arrays)
+
+
+def test_a_step_in_sixteen_counts_towards_the_experts_load() -> None:
+    llm = open_tiny(tiny(V3)[1])
+    load = llm.expert_load = ExpertLoad(llm.config)
+    assert load.imbalance() == {}
+    llm.generate(some_tokens(20), SamplingParams(temperature=0, max_tokens=17, ignore_eos=True))
+    picked = llm.config.moe.num_experts_per_tok  # type: ignore[union-attr]
+    # The first step reads the prompt, the seventeenth one token.
+    assert load.counts_LE.sum(axis=1).tolist() == [(20 + 1) * picked] * len(load.layers)
+    assert all(ratio >= 1 for ratio in load.imbalance().values())
