@@ -177,8 +177,8 @@ def markdown(facts: dict[str, Any]) -> str:
         *("| " + " | ".join(_row(result)) + " |" for result in facts["results"]),
         "",
         f"Answers a second, all clients together, over at least {facts['results'][0]['seconds']:g} s a turn; medians of"
-        f" {len(facts['results'][0]['pairs'])} turns. Latencies are whole answers of admitted requests, from when they were due. `overload` runs"
-        " against a queue of 16; a refused client waits 0.1 s and asks again.",
+        f" {len(facts['results'][0]['pairs'])} turns. Latencies are whole answers of admitted requests, from when"
+        " they were due. `overload` runs against a queue of 16; a refused client waits 0.1 s and asks again.",
         "",
     ]
     return "\n".join(lines)
