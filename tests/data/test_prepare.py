@@ -279,6 +279,25 @@ def test_evaluation_sets_may_not_change_between_runs(source, tmp_path):
         prepare(given, tmp_path / "out", ALONE)
 
 
+def test_an_input_file_may_not_change_between_runs_even_at_equal_size_and_time(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    path = source / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.english()[:3]))
+    given = recipe(source, vocab_size=None)
+    prepare(given, out, ALONE)
+    old, before = path.read_text(), path.stat()
+    path.write_text(old.replace("e", "o", 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(FileError, match=r"other input: .*a\.jsonl has changed since"):
+        prepare(given, out, ALONE)
+    path.write_text(old)  # the same content at another time is the same
+    prepare(given, out, ALONE)
+    (source / "b.jsonl").write_text(old)
+    with pytest.raises(FileError, match="files were added or removed"):
+        prepare(given, out, ALONE)
+
+
 def test_another_tokenizer_in_the_same_place_is_seen(source, result, tmp_path):
     out, mine = tmp_path / "out", tmp_path / "mine"
     shutil.copytree(result, out)
