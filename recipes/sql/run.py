@@ -36,7 +36,7 @@ from shoal.tune.distil import DistilSettings, distil, open_teacher, with_teacher
 from shoal.tune.recipe import TuneSettings
 from shoal.tune.sft import Data, TuneRecipe, default_recipe, settle, tune
 
-SAMPLE = 4  # packed rows of 512 tokens by which layers are chosen, about 50 questions
+SAMPLE = 2  # packed rows of 512 tokens by which layers are chosen, about 26 questions
 TESTS = ("values", "phrasings", "templates")
 
 
@@ -97,7 +97,7 @@ def _say(layer: int, nats: float) -> None:
 
 def learn(teacher: Path, start: Path, out: Path, steps: int | None, epochs: float) -> Path:
     """The student, distilled on the teacher's logits over the same questions."""
-    plain = recipe_for(str(start), out / "train.jsonl", 2e-4)
+    plain = replace(recipe_for(str(start), out / "train.jsonl", 2e-4), batch=4)  # it has more steps to go
     recipe = with_teacher(plain, DistilSettings(teacher=str(teacher), mode="logits"))
     data = Data(recipe, open_checkpoint(start))
     settled = settle(recipe, data, steps=steps, epochs=epochs)
