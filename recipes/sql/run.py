@@ -72,8 +72,7 @@ def teach(model: str, out: Path, steps: int | None, epochs: float) -> Path:
 
 
 def shrink(teacher: Path, out: Path, layers: int) -> Path:
-    """The student to begin with: so many of the teacher's layers, those that its loss on training answers misses most.
-    """
+    """The student to begin with: so many of the teacher's layers, those that its loss misses most."""
     start = out / f"student-start-{layers}"
     if not start.exists():
         kept = least_loss(*sample(teacher, out / "train.jsonl"), layers, _say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from shoal.data.document import Document, Reject
 from shoal.data.plan import Source
 from shoal.data.prepare import pack_folder, prepare, read_recipe
 from shoal.data.recipe import Recipe, load_recipe
-from shoal.data.run import Machine, WorkerError
+from shoal.data.run import PRELOADED, Machine, WorkerError
 from shoal.data.shards import open_shards
 from shoal.data.steps import filtering, standard_steps
 from shoal.data.vocabulary import load_tokenizer, train_tokenizer
@@ -108,6 +109,11 @@ def read_lines(path):
 def test_workers_change_no_byte(source, result, tmp_path):
     prepare(recipe(source), tmp_path / "out", Machine(workers=2))
     assert content(tmp_path / "out") == content(result)
+
+
+def test_what_workers_share_is_there():
+    """The server passes over what it cannot import: each worker would import it for itself."""
+    assert all(importlib.import_module(name) for name in PRELOADED)
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(source, result, tmp_path):

@@ -10,9 +10,9 @@ import pytest
 
 pyarrow = pytest.importorskip("pyarrow")
 
-from shoal.data import store
-from shoal.data.document import Document
-from shoal.errors import FileError
+from shoal.data import store  # noqa: E402
+from shoal.data.document import Document  # noqa: E402
+from shoal.errors import FileError  # noqa: E402
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_influence_counts_real_tokens_only(model, batches):
     for one in batches:
         seen = []
         hooks = [
-            layer.register_forward_hook(lambda _, given, out: seen.append((given[0], out[0])))
+            layer.register_forward_hook(lambda _, given, out, seen=seen: seen.append((given[0], out[0])))
             for layer in model.model.layers
         ]
         model(one.tokens_BT, documents_BT=one.documents_BT)

@@ -165,8 +165,9 @@ def _finished(finisher: Callable[[int], None], left: list[int], machine: Machine
 
 
 def _in_processes(finisher: Callable[[int], None], left: list[int], workers: int, memory: int | None) -> Iterator[int]:
-    # Not forked from here: the tokenizer's and arrow's threads do not survive that. A server that has only read the
-    # libraries has started none, and what it has read is in memory once for all workers.
+    # Not forked from here: the tokenizer's and arrow's threads do not survive that. A server that has only read those
+    # libraries has threads that end and begin again around a fork (OpenBLAS's, jemalloc's); what it has read lies in
+    # memory once for all workers.
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(
