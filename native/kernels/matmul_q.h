@@ -87,11 +87,9 @@ SHOAL_INLINE void tile_product(TileProduct<T>& out, const uint8_t* tile, int64_t
     constexpr int64_t bytes = static_cast<int64_t>(block_bytes(P));
     constexpr int64_t codes_at = P == Packing::q4m ? 128 : 64;
     constexpr int64_t group_bytes = P == Packing::q8 ? 512 : 256;
-    // Weights come from memory in the first pass over them. A lone token asks for them ahead of the hardware's guess.
-    // More than eight tokens leave it behind as well, and are fastest when the second cache fetches; with fewer its
-    // own guess is (measured with both cores at work).
-    constexpr int64_t ahead = T == 1 && L == 1 ? kPrefetchBytes : T > 8 ? 4352 : 0;
-    constexpr int level = T == 1 ? 3 : 2;
+    // Weights come from memory in the first pass over them. More than eight tokens leave the hardware's guess behind
+    // and are fastest when the second cache fetches ahead; fewer are without (measured with both cores at work).
+    constexpr int64_t ahead = T > 8 ? 4352 : 0;
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
@@ -102,7 +100,7 @@ SHOAL_INLINE void tile_product(TileProduct<T>& out, const uint8_t* tile, int64_t
     for (int64_t block = 0; block < blocks; ++block, tile += bytes) {
         if constexpr (ahead > 0) {
             for (int64_t line = 0; line < bytes; line += 64) {
-                __builtin_prefetch(tile + ahead + line, 0, level);
+                __builtin_prefetch(tile + ahead + line, 0, 2);
             }
         }
         const auto* scales = reinterpret_cast<const uint16_t*>(tile);
