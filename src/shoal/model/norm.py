@@ -1,6 +1,6 @@
 """Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467): scale to unit RMS, then by a learned weight.
 
-    y = w · n      n = r x      r = 1 / sqrt(mean(x²) + eps)      dx = r (w dy - n mean(w dy · n))      dw = Σ dy · n
+    y = r w x      r = 1 / sqrt(mean(x²) + eps)      dx = r w dy - x r³ mean(w dy x)      dw = Σ over rows of r dy x
 
 Shapes: X rows, all leading axes as one; D width; R rows that a core keeps close.
 """
@@ -65,12 +65,13 @@ class _Norm(torch.autograd.Function):
         weight_wide_D = weight_D.to(r_X1.dtype)
         d_weight_D = torch.zeros_like(weight_wide_D) if ctx.needs_input_grad[1] else None
         for rows in _rows(x_XD):
-            n_RD, d_y_RD = x_XD[rows] * r_X1[rows], d_y_XD[rows].to(r_X1.dtype)
-            product_RD = d_y_RD * n_RD
+            x_RD, d_y_RD, r_R1 = x_XD[rows].to(r_X1.dtype), d_y_XD[rows].to(r_X1.dtype), r_X1[rows]
+            product_RD = d_y_RD * x_RD
             if d_weight_D is not None:
-                d_weight_D += product_RD.sum(0)
-            mean_R1 = torch.mv(product_RD, weight_wide_D).div_(x_XD.shape[-1])[:, None]
-            d_x_XD[rows] = (d_y_RD * weight_wide_D).sub_(n_RD.mul_(mean_R1)).mul_(r_X1[rows])
+                d_weight_D.addmv_(product_RD.T, r_R1[:, 0])
+            pull_R1 = torch.mv(product_RD, weight_wide_D)[:, None] * (r_R1**3 / x_XD.shape[-1])
+            scaled_RD = torch.mul(d_y_RD, weight_wide_D, out=product_RD).mul_(r_R1)
+            d_x_XD[rows] = scaled_RD.addcmul_(x_RD, pull_R1, value=-1)
         return d_x_XD.view(d_y.shape), None if d_weight_D is None else d_weight_D.to(weight_D.dtype), None, None
 
 

@@ -45,7 +45,7 @@ def rotate(x_BTNR: Tensor, table: RopeTable) -> Tensor:
     cos, sin = table.cos_BTP.unsqueeze(-2), table.sin_BTP.unsqueeze(-2)
     if table.interleave and x_BTNR.device.type == "cpu" and not torch.compiler.is_compiling():
         # Neighbours are a complex number, and one product turns it: a quarter of the time of the sums below.
-        wide = x_BTNR.to(torch.promote_types(x_BTNR.dtype, cos.dtype)).contiguous()
+        wide = x_BTNR.contiguous().to(torch.promote_types(x_BTNR.dtype, cos.dtype))
         pairs_BTNP = torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2))
         turned = torch.view_as_real(pairs_BTNP * torch.complex(cos, sin)).flatten(-2)
     elif table.interleave:
