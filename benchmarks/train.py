@@ -4,8 +4,9 @@
 Every side is a process that waits; one step of one side runs at a time, turn by turn, so that what the machine does
 meanwhile meets all of them. A ratio is taken inside a round; the table shows medians with the least and the greatest.
 
-    make bench-train                             about ten minutes, two of which transformers compiles; 9 GB of memory
-    make bench-train ARGS="--sides shoal,eager"  without the compiled side
+    make bench-train                             about ten minutes, two of which transformers compiles; 15 GB of memory
+    make bench-train ARGS="--sides shoal,eager,kept"
+                                                 without compiling; transformers with Shoal's allocator setting, too
     make bench-train ARGS="--quick"              shows that everything runs; the numbers mean nothing
 
 transformers runs its `grouped_mm` experts and, compiled, `torch.compile`: the fastest of its settings on this model.
