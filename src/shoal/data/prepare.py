@@ -17,9 +17,9 @@ from shoal.data.recipe import Recipe, recipe_from
 from shoal.data.run import DOCUMENT_COST, MARKER_BYTES, Machine, Stage, marker_path, run_stage
 from shoal.data.shards import INDEX
 from shoal.data.steps import Steps, standard_steps
-from shoal.data.streams import open_raw
 from shoal.errors import ConfigError, FileError
 from shoal.formats.atomic import LOCK, atomic_file, sole_user
+from shoal.formats.digest import file_digest
 from shoal.formats.hf_config import read_json
 
 # Fields that may change between two runs into one folder, and the first stage that sees them.
@@ -171,7 +171,9 @@ def _claim(folder: Path, recipe: Recipe, steps: Steps, plan: dict[str, Any]) -> 
     data = recipe.to_dict()
     fixed = {name: value for name, value in data.items() if name not in LATER}
     fixed["steps"] = f"{steps.__module__}.{steps.__qualname__}"
-    key = _key(json.dumps(fixed, sort_keys=True), *map(_content_digest, recipe.evaluations))
+    # Shards that are cleaned by one evaluation set must not lie beside shards cleaned by another.
+    evaluations = [file_digest(file) for path in recipe.evaluations for file in find_files(Source(path=path))]
+    key = _key(json.dumps(fixed, sort_keys=True), *evaluations)
     path = folder / "recipe.json"
     if path.is_file():
         old = read_json(path)
@@ -182,8 +184,11 @@ def _claim(folder: Path, recipe: Recipe, steps: Steps, plan: dict[str, Any]) -> 
     path = folder / "plan.json"
     if path.is_file():
         planned = read_json(path, MARKER_BYTES)
-        if any(planned[name] != plan[name] for name in ("shards", "sizes")):
-            raise FileError(folder, "holds a run over other input: files were added, removed or changed since")
+        before = planned.get("contents", {})
+        changed = next((path for path, digest in plan["contents"].items() if before.get(path, digest) != digest), None)
+        if changed or before.keys() != plan["contents"].keys() or planned["shards"] != plan["shards"]:
+            what = f"{changed} has changed" if changed else "files were added or removed"
+            raise FileError(folder, f"holds a run over other input: {what} since")
     _write_json(folder / "recipe.json", {"key": key, "recipe": data})
     _write_json(path, plan)
     return key
@@ -200,19 +205,18 @@ def _plan(folder: Path, recipe: Recipe) -> tuple[tuple[tuple[Part, ...], ...], d
     found, passed = plan_shards(recipe.sources, shard_bytes=recipe.shard_bytes)
     if not found:
         raise FileError(recipe.sources[0].path, "holds nothing to read")
-    sizes = [[part.path.stat().st_size for part in shard] for shard in found]
+    contents = {str(path): _content(path) for path in dict.fromkeys(part.path for shard in found for part in shard)}
     shards = json.loads(json.dumps([[asdict(part) for part in shard] for shard in found], default=str))
-    return tuple(map(tuple, found)), {"shards": shards, "sizes": sizes, "passed_over": passed}
+    return tuple(map(tuple, found)), {"shards": shards, "contents": contents, "passed_over": passed}
 
 
-def _content_digest(path: Path) -> str:
-    """Of an evaluation set: shards that are cleaned by one must not lie beside shards cleaned by another."""
-    found = hashlib.blake2b(digest_size=16)
-    for file in find_files(Source(path=path)):
-        with open_raw(file) as raw:
-            while block := raw.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
+def _content(path: Path) -> str:
+    """By content, not by size and time: an edit may keep the one, a copy or a checkout changes the other, and reading
+    a file once more is little beside cleaning it."""
+    try:
+        return file_digest(path)
+    except FileError:
+        return "unreadable"  # reading it will say what is wrong
 
 
 def _find_duplicates(folder: Path, recipe: Recipe, machine: Machine, key: str, notice: Notice) -> str:

@@ -28,6 +28,7 @@ Progress = Callable[[int, int], None]
 MARKER_BYTES = 1 << 30
 PARENT = 128 << 20  # bytes of the process that hands out the work
 WORKER_BASE = 256 << 20  # bytes of a worker before it holds a document: the interpreter and its libraries
+PRELOADED = ["shoal.data.clean", "shoal.data.pack", "pyarrow.parquet", "rensa"]  # those that are there
 DOCUMENT_COST = 96  # bytes that a byte of the largest document may cost to clean: its text, words and their hashes
 
 
@@ -164,9 +165,13 @@ def _finished(finisher: Callable[[int], None], left: list[int], machine: Machine
 
 
 def _in_processes(finisher: Callable[[int], None], left: list[int], workers: int, memory: int | None) -> Iterator[int]:
-    # Spawned, not forked: the tokenizer's and arrow's threads do not survive a fork.
+    # Not forked from here: the tokenizer's and arrow's threads do not survive that. A server that has only read those
+    # libraries has threads that end and begin again around a fork (OpenBLAS's, jemalloc's); what it has read lies in
+    # memory once for all workers.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(
-        max(1, min(workers, len(left))), get_context("spawn"), initializer=prepare_worker, initargs=(memory,)
+        max(1, min(workers, len(left))), context, initializer=prepare_worker, initargs=(memory,)
     ) as pool:
         waiting: dict[Future[None], int] = {pool.submit(finisher, shard): shard for shard in left}
         try:

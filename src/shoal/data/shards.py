@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from shoal.errors import ConfigError, FileError
 from shoal.formats.atomic import atomic_file, require_empty
+from shoal.formats.digest import file_digest
 
 FORMAT, VERSION = "shoal-shards", 1
 INDEX = "index.json"
@@ -254,7 +255,7 @@ class Shards:
             if digest.hexdigest() != shard.tokens_sha256:
                 raise FileError(mapped.path, f"is not the file that {INDEX} describes: its SHA-256 differs")
             ends = self.folder / f"{shard.name}.ends"
-            if hashlib.sha256(ends.read_bytes()).hexdigest() != shard.ends_sha256:
+            if file_digest(ends) != shard.ends_sha256:
                 raise FileError(ends, f"is not the file that {INDEX} describes: its SHA-256 differs")
 
 

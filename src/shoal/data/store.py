@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import orjson
 
 from shoal.data.document import Document
@@ -124,9 +125,47 @@ def write_attributes(folder: Path, name: str, shard: int, columns: Mapping[str, 
 
     path = attribute_path(folder, name, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = arrow().table(dict(columns))
+    table = arrow().table({key: column(values) for key, values in columns.items()})
     with atomic_file(path) as out:
         parquet.write_table(table, out, compression="zstd")
+
+
+def column(values: Any) -> Any:
+    """An arrow array of numbers or text, as `pyarrow.array` makes it; None is null.
+
+    Numbers and text are laid out here: pyarrow's way from Python values imports pandas, where that is installed, for
+    44 MB and half a second in every process.
+    """
+    pyarrow = arrow()
+    kinds = {type(one) for one in values if one is not None} if isinstance(values, list) else None
+    if kinds == {str}:
+        return texts(values)
+    if kinds == {int} or kinds == {float}:
+        numbers = np.array([0 if one is None else one for one in values], np.int64 if kinds == {int} else np.float64)
+        valid = _valid(values)
+    elif isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iuf":
+        numbers, valid = np.ascontiguousarray(values), None
+    elif kinds == set() and values:
+        return pyarrow.nulls(len(values))
+    else:
+        return values if isinstance(values, pyarrow.Array) else pyarrow.array(values)
+    buffers = [valid, pyarrow.py_buffer(numbers)]
+    return pyarrow.Array.from_buffers(pyarrow.from_numpy_dtype(numbers.dtype), len(numbers), buffers)
+
+
+def texts(values: Sequence[str | None]) -> Any:
+    """An arrow array of text, None for null; all may be null."""
+    pyarrow = arrow()
+    encoded = [b"" if one is None else one.encode() for one in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    buffers = [_valid(values), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded))]
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(encoded), buffers)
+
+
+def _valid(values: Sequence[Any]) -> Any:
+    """Arrow's bitmap of what is no null; none at all if nothing is."""
+    known = [one is not None for one in values]
+    return None if all(known) else arrow().py_buffer(np.packbits(known, bitorder="little"))
 
 
 def read_attributes(folder: Path, name: str, shard: int) -> dict[str, Any]:
@@ -150,8 +189,7 @@ def write_verdict(
 
     Whatever packs or counts the folder afterwards obeys every such column.
     """
-    reason = arrow().array(reasons, arrow().string())
-    write_attributes(folder, name, shard, {f"{name}_reason": reason, **(columns or {})})
+    write_attributes(folder, name, shard, {f"{name}_reason": texts(reasons), **(columns or {})})
 
 
 def verdict_names(folder: Path) -> list[str]:

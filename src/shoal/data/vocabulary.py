@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.formats.atomic import atomic_folder
+from shoal.formats.digest import file_digest
 from shoal.formats.tokenizer import Tokenizer, load_tokenizer_json
 
 # Digits one by one, else GPT-4's way of cutting text: contractions, words with one leading mark, marks, line ends.
@@ -68,7 +69,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def digest(folder: Path) -> str:
     """SHA-256 of a folder's `tokenizer.json`: how packed tokens say which tokenizer made them."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    return file_digest(folder / "tokenizer.json")
 
 
 def sampled(documents: Iterable[Any], total: int, *, seed: int, most: int = SAMPLE_BYTES) -> Iterator[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from shoal.cost.train_memory import state_bytes
 from shoal.data.shards import INDEX, Shards, open_shards
 from shoal.errors import ConfigError, FileError, RunError
 from shoal.formats.atomic import atomic_file, atomic_folder, sole_user
+from shoal.formats.digest import file_digest
 from shoal.model import Model, as_checkpoint
 from shoal.train import checkpoint, state
 from shoal.train.balance import RouterBalance
@@ -410,13 +410,6 @@ def _open_data(recipe: Recipe, folder: Path, *, verify: bool) -> Shards:
     if verify:
         shards.verify()
     return shards
-
-
-def file_digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise FileError(path, f"cannot be read: {error.strerror}") from error
 
 
 def _check_same(saved: checkpoint.Saved, recipe: Recipe, data_digest: str, note: Callable[[str], None]) -> None:

@@ -24,6 +24,7 @@ from shoal.errors import ConfigError, FileError
 from shoal.formats.adapter import save_adapter
 from shoal.formats.atomic import atomic_file
 from shoal.formats.checkpoint import Checkpoint, open_checkpoint
+from shoal.formats.digest import file_digest
 from shoal.formats.hf_config import read_json
 from shoal.formats.hf_save import save_folder
 from shoal.formats.layout import count_params
@@ -34,7 +35,7 @@ from shoal.train.batches import Batch, Batches, permute
 from shoal.train.checkpoint import Saved, State, steps_in
 from shoal.train.evaluate import NEXT_ONLY
 from shoal.train.log import Record
-from shoal.train.loop import ADAPTER, CHECKPOINTS, MODEL, Observer, Outcome, Run, claim, file_digest, held_bytes
+from shoal.train.loop import ADAPTER, CHECKPOINTS, MODEL, Observer, Outcome, Run, claim, held_bytes
 from shoal.train.losses import language_loss
 from shoal.train.network import recompute_layers
 from shoal.train.optim import OptimiserSettings
