@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """One side of `train.py`: holds a model and its optimiser, and takes a training step whenever a line arrives.
 
-Usage: train_sides.py {shoal,eager,compiled} FOLDER ROWS LENGTH PRECISION THREADS
+Usage: train_sides.py {shoal,eager,kept,compiled} FOLDER ROWS LENGTH PRECISION THREADS
 
 A line on standard input asks for a step; a line of JSON on standard output answers with its loss, seconds, and the
 processor seconds it took. Every side reads the same weights and the same tokens, runs the same precision, and moves the
-weights by PyTorch's fused AdamW with equal settings.
+weights by PyTorch's fused AdamW with equal settings. Shoal's process keeps freed memory, as `shoal train` does; `kept`
+is transformers with that setting.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ def tokens_of(step: int, rows: int, length: int, vocabulary: int) -> torch.Tenso
 
 def shoal_side(folder: Path, rows: int, length: int, precision: torch.dtype) -> Callable[[int], float]:
     from shoal.formats.checkpoint import open_checkpoint
+    from shoal.machine import keep_freed_memory
     from shoal.model import load_model
     from shoal.train.losses import LossSettings, TextBatch, language_loss
     from shoal.train.optim import OptimiserSettings, make_optimisers
 
+    keep_freed_memory()
     model = load_model(open_checkpoint(folder))
     optimisers = make_optimisers(model, OptimiserSettings(lr=LR, weight_decay=WEIGHT_DECAY))
     settings = LossSettings(mtp_weight=0.0, balance_weight=0.0)
@@ -54,10 +57,14 @@ def shoal_side(folder: Path, rows: int, length: int, precision: torch.dtype) -> 
 
 
 def transformers_side(
-    folder: Path, rows: int, length: int, precision: torch.dtype, *, compiled: bool
+    folder: Path, rows: int, length: int, precision: torch.dtype, *, compiled: bool = False, kept: bool = False
 ) -> Callable[[int], float]:
     from transformers import AutoModelForCausalLM
 
+    from shoal.machine import keep_freed_memory
+
+    if kept:
+        keep_freed_memory()
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="grouped_mm")
     plain.train()
     plain.config.use_cache = False
@@ -90,7 +97,8 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     of_side = {
         "shoal": shoal_side,
-        "eager": lambda *args: transformers_side(*args, compiled=False),
+        "eager": transformers_side,
+        "kept": lambda *args: transformers_side(*args, kept=True),
         "compiled": lambda *args: transformers_side(*args, compiled=True),
     }
     step = of_side[side](Path(folder), int(rows), int(length), getattr(torch, precision))

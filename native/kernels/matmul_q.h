@@ -87,9 +87,9 @@ SHOAL_INLINE void tile_product(TileProduct<T>& out, const uint8_t* tile, int64_t
     constexpr int64_t bytes = static_cast<int64_t>(block_bytes(P));
     constexpr int64_t codes_at = P == Packing::q4m ? 128 : 64;
     constexpr int64_t group_bytes = P == Packing::q8 ? 512 : 256;
-    // Weights come from memory in the first pass over them. More than eight tokens leave the hardware's guess behind
+    // Weights come from memory in the first pass over them. More than four tokens leave the hardware's guess behind,
     // and are fastest when the second cache fetches ahead; fewer are without (measured with both cores at work).
-    constexpr int64_t ahead = T > 8 ? 4352 : 0;
+    constexpr int64_t ahead = T > 4 ? 4352 : 0;
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+# Of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
@@ -58,6 +63,19 @@ def available_bytes(root: Path = Path("/")) -> int:
         if limit is not None and used is not None:
             left = min(left, max(0, limit - used + _file_cache(folder / "memory.stat")))
     return left
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for the next who asks; whether it can (glibc can).
+
+    By itself it hands blocks above 32 MB back to the system at once, and the top of its heap when 64 MB of it are free.
+    A training step on a CPU frees a gigabyte that the next one asks for again, and the system clears every page anew.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    # Older versions refuse more than 32 MB for the second.
+    return bool(mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)) and any(mallopt(M_MMAP_THRESHOLD, 1 << n) for n in (30, 25))
 
 
 def _groups(root: Path, kind: str) -> Iterator[Path]:

@@ -81,6 +81,17 @@ def test_head_gradients_against_differences(head_case):
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, weights, 0.1)[0], (hidden, head))
 
 
+def test_gradients_that_are_handed_over_as_they_are_stay_whole(head_case):
+    """Without a factor no copy is made; whoever adds to them or differentiates again must not change them."""
+    hidden, head, targets, weights = head_case
+    total = linear_cross_entropy(hidden, head, targets, weights)[0]
+    once = [gradient.clone() for gradient in torch.autograd.grad(total, (hidden, head), retain_graph=True)]
+    for _ in range(3):
+        total.backward(retain_graph=True)
+    for tensor, gradient in zip((hidden, head), once, strict=True):
+        torch.testing.assert_close(tensor.grad, 3 * gradient, rtol=1e-12, atol=0)
+
+
 def test_logits_are_never_whole(monkeypatch):
     """The largest tensor made is a chunk of logits or the head, not [X, V]."""
     from torch.utils._python_dispatch import TorchDispatchMode

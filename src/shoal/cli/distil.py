@@ -58,7 +58,7 @@ def run(
         from shoal.tune.recipe import TuneSettings
         from shoal.tune.sft import Data, default_recipe, settle
     from shoal import hub, settings
-    from shoal.cli.train import show_outcome, show_recipe, use_threads
+    from shoal.cli.train import prepare_process, show_outcome, show_recipe
     from shoal.cli.tune import LOSSES, changed
     from shoal.formats.checkpoint import open_checkpoint
 
@@ -75,7 +75,7 @@ def run(
         return 0
     if out is None:
         raise ConfigError("out", "is needed: the folder for log, checkpoints and model")
-    use_threads()
+    prepare_process()
     llm = open_teacher(recipe.distil.teacher, max_context=recipe.sequence_length, threads=settings.threads())
     outcome = _run(recipe, checkpoint, llm, out, checker, steps, epochs)
     show_outcome(outcome, out, as_json, LOSSES)

@@ -65,7 +65,7 @@ def run(
             return 0
         if out is None:
             raise typer.BadParameter("is needed: the folder for log, checkpoints and model", param_hint="--out")
-        use_threads()
+        prepare_process()
         with Screen() as screen:
             outcome = train(settings, out, screen, until=steps, prepare=found.prepare, process=process)
         if process.leads:
@@ -73,11 +73,14 @@ def run(
         return 0 if outcome.signal is None else 128 + outcome.signal
 
 
-def use_threads() -> None:
+def prepare_process() -> None:
+    """Threads as they are set, and memory that stays from step to step."""
     import torch
 
     from shoal import settings
+    from shoal.machine import keep_freed_memory
 
+    keep_freed_memory()
     threads = settings.threads()
     if threads is not None:
         torch.set_num_threads(threads)

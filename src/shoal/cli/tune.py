@@ -59,7 +59,7 @@ def run(
         from shoal.tune.recipe import TuneSettings
         from shoal.tune.sft import Data, default_recipe, settle, tune
     from shoal import hub
-    from shoal.cli.train import Screen, show_outcome, show_recipe, use_threads
+    from shoal.cli.train import Screen, prepare_process, show_outcome, show_recipe
     from shoal.formats.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(hub.resolve(model))
@@ -76,7 +76,7 @@ def run(
         return 0
     if out is None:
         raise ConfigError("out", "is needed: the folder for log, checkpoints and adapter")
-    use_threads()
+    prepare_process()
     with Screen() as screen:
         outcome = tune(recipe, out, found, screen)
     show_outcome(outcome, out, as_json, LOSSES)

@@ -2,9 +2,9 @@
 
 State follows `shoal.train`: float32 master weights and gradients; AdamW's two moments, or Muon's one for matrices; and
 under bf16 autocast a bfloat16 copy of every matrix while a step runs. Activations are what the layers of `shoal.model`
-keep for the backward pass under autocast: the residual stream and the norms in float32, inputs and outputs of products
-in bfloat16 (on a CPU; a GPU's grouped experts keep somewhat more). Small vectors a token are left out; a test holds
-the sum against what PyTorch really saves.
+keep for the backward pass under autocast: the residual stream before each norm and what routers read in float32, inputs
+and outputs of products in bfloat16 (on a CPU; a GPU keeps somewhat more for its norms, attention and grouped experts).
+Small vectors a token are left out; a test holds the sum against what PyTorch really saves.
 
 Letters: D hidden_size, N heads, H nope, R rope, V value head, C latent, F intermediate, E experts, K active experts.
 """
@@ -42,12 +42,12 @@ def activation_bytes(config: ModelConfig, *, tokens: int, checkpointing: bool = 
     layers = [_layer(config, config.is_moe_layer(index)) for index in range(config.num_hidden_layers)]
     layers += [_layer(config, config.moe is not None) for _ in config.mtp_layers]
     hidden = config.hidden_size
-    # The loss makes the gradient of its input at once, in float32, instead of keeping logits.
+    # What the last norm reads. The loss makes the gradient of its input at once instead of keeping logits.
     depths = 1 + config.num_nextn_predict_layers
-    out = {"loss": depths * 2 * F32 * hidden}
+    out = {"loss": depths * (F32 + BF16) * hidden}
     if config.num_nextn_predict_layers:
-        # Both norms, and the joint input of eh_proj.
-        out["mtp_join"] = config.num_nextn_predict_layers * (4 * F32 + 2 * (F32 + BF16)) * hidden
+        # What both norms read, and the joint input of eh_proj.
+        out["mtp_join"] = config.num_nextn_predict_layers * (F32 + BF16 + 2 * BF16) * hidden
     if checkpointing:
         out["layer_inputs"] = len(layers) * F32 * hidden
         out["one_layer"] = max(sum(layer.values()) for layer in layers)
@@ -59,7 +59,7 @@ def activation_bytes(config: ModelConfig, *, tokens: int, checkpointing: bool = 
 
 def _layer(config: ModelConfig, moe: bool) -> dict[str, int]:
     """Bytes a token that one layer keeps."""
-    return {"norms": 4 * F32 * config.hidden_size, "attention": _attention(config)} | (
+    return {"norms": 2 * F32 * config.hidden_size, "attention": _attention(config)} | (
         _experts(config) if moe else {"dense_mlp": _mlp(config.hidden_size, config.intermediate_size)}
     )
 
@@ -69,16 +69,16 @@ def _attention(config: ModelConfig) -> int:
     if isinstance(attention, MLAConfig):
         heads = attention.num_attention_heads
         latents = attention.kv_lora_rank + (attention.q_lora_rank or 0)
-        inputs = 2 * hidden + latents + 2 * heads * attention.v_head_dim  # of q, kv_a, kv_b and o; the sum itself
-        keys = heads * (2 * attention.qk_head_dim + attention.qk_nope_head_dim + attention.v_head_dim)
-        return BF16 * (inputs + keys) + 2 * F32 * latents
+        inputs = hidden + latents + heads * attention.v_head_dim  # of q and kv_a, of kv_b, of o
+        normed = attention.cache_width + (attention.q_lora_rank or 0)
+        return BF16 * (inputs + normed + heads * (2 * attention.qk_head_dim + attention.v_head_dim))
     query = attention.num_attention_heads * attention.head_dim
-    return BF16 * (3 * hidden + 3 * query + attention.cache_width)
+    return BF16 * (hidden + 3 * query + attention.cache_width)
 
 
 def _mlp(hidden: int, width: int) -> int:
-    """Two inputs; gate, its SiLU, up and their product."""
-    return BF16 * (2 * hidden + 4 * width)
+    """The input; gate, its SiLU, up and their product."""
+    return BF16 * (hidden + 4 * width)
 
 
 def _experts(config: ModelConfig) -> dict[str, int]:
@@ -86,9 +86,8 @@ def _experts(config: ModelConfig) -> dict[str, int]:
     assert moe is not None
     # One operator: it keeps its input and the two products before the gate, and makes the rest again.
     picked = BF16 * (hidden + moe.num_experts_per_tok * 2 * moe.moe_intermediate_size)
-    router = F32 * 2 * moe.n_routed_experts
     return {
-        "router": router,
+        "router": F32 * (hidden + 2 * moe.n_routed_experts),
         "routed_experts": picked,
-        "shared_experts": _mlp(hidden, moe.shared_intermediate_size) if moe.n_shared_experts else 0,
+        "shared_experts": _mlp(0, moe.shared_intermediate_size) if moe.n_shared_experts else 0,  # of the same input
     }

@@ -85,7 +85,8 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         low, num_rows, (experts, width, hidden) = x_TD.dtype, len(runs.token_P), gate_EFD.shape
         both_EGD = x_TD.new_empty(experts, 2 * width, hidden)  # gate and up as one matrix: one product reads the rows
-        both_EGD[:, :width], both_EGD[:, width:] = gate_EFD, up_EFD
+        # Another type first, another place then: copies that do both at once are not vectorised on a CPU.
+        both_EGD[:, :width], both_EGD[:, width:] = gate_EFD.to(low), up_EFD.to(low)
         down_EDF = down_EDF.to(low)
         rows_PD = x_TD.index_select(0, runs.token_P)
         z_PG = _products(rows_PD, both_EGD.mT, runs, x_TD.new_empty(num_rows, 2 * width))
@@ -124,7 +125,7 @@ class _Experts(torch.autograd.Function):
             torch.index_select(x_TD, 0, runs.token_P, out=rows_PD)
             d_both_EGD = _outer_products(d_z_PG, rows_PD, runs, torch.empty_like(both_EGD))
             halves = d_both_EGD.tensor_split(2, dim=1)
-            d_gate_EFD, d_up_EFD = (half.to(ctx.param_dtype, memory_format=torch.contiguous_format) for half in halves)
+            d_gate_EFD, d_up_EFD = (half.contiguous().to(ctx.param_dtype) for half in halves)
         d_x_TD = _collect(_products(d_z_PG, both_EGD, runs, rows_PD), runs)
         return d_x_TD, d_weights_P[runs.row_TK].to(ctx.weight_dtype), d_gate_EFD, d_up_EFD, d_down_EDF, None
 

@@ -91,8 +91,7 @@ class MLA(nn.Module):
         kv_BSNX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.config.num_attention_heads, -1))
         k_nope_BSNH, v_BSNV = kv_BSNX.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
         k_rope_BSNR = k_rope_BSR.unsqueeze(-2).expand(-1, -1, self.config.num_attention_heads, -1)
-        q = torch.cat((q_nope_BTNH, q_rope_BTNR), dim=-1)
-        k = torch.cat((k_nope_BSNH, k_rope_BSNR), dim=-1)
+        q, k = _join(q_nope_BTNH, q_rope_BTNR), _join(k_nope_BSNH, k_rope_BSNR)
         return attend(q, k, v_BSNV, mask, self.scale)
 
     def attend_absorbed(
@@ -111,3 +110,8 @@ class MLA(nn.Module):
         probs_BNTS = scores_BNTS.softmax(-1, dtype=wide).to(latent_BSC.dtype)
         sum_BTNC = torch.einsum("bnts,bsc->btnc", probs_BNTS, latent_BSC)
         return torch.einsum("btnc,nvc->btnv", sum_BTNC, w_v_NVC)
+
+
+def _join(nope_BTNH: Tensor, rope_BTNR: Tensor) -> Tensor:
+    """[nope | rope] of every head, each head's lying together in memory, as attention reads them."""
+    return torch.cat((nope_BTNH.transpose(1, 2), rope_BTNR.transpose(1, 2)), dim=-1).transpose(1, 2)

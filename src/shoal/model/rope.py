@@ -43,7 +43,12 @@ def rope_table(rope: RopeConfig, dim: int, positions_BT: Tensor) -> RopeTable:
 def rotate(x_BTNR: Tensor, table: RopeTable) -> Tensor:
     """Turn every pair of every head by its position's angle. Computed in float32 or wider, returned in x's dtype."""
     cos, sin = table.cos_BTP.unsqueeze(-2), table.sin_BTP.unsqueeze(-2)
-    if table.interleave:
+    if table.interleave and x_BTNR.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Neighbours are a complex number, and one product turns it: a quarter of the time of the sums below.
+        wide = x_BTNR.contiguous().to(torch.promote_types(x_BTNR.dtype, cos.dtype))
+        pairs_BTNP = torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2))
+        turned = torch.view_as_real(pairs_BTNP * torch.complex(cos, sin)).flatten(-2)
+    elif table.interleave:
         a, b = x_BTNR[..., 0::2], x_BTNR[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:

@@ -236,10 +236,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head_low_VD, counts_X = head_VD.to(low), targets_X != IGNORE
         weights_X = weights_X.to(wide) * counts_X
         grad_hidden = torch.empty_like(hidden_XD) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head_VD, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_head: Tensor | None = None
         loss_X, lse_X = weights_X.new_empty(len(targets_X)), weights_X.new_empty(len(targets_X))
         # One buffer for all chunks: fresh pages for each would cost more than the arithmetic on them.
         buffer_CV = head_low_VD.new_empty(min(_rows_of(CHUNK_LOGITS, head_VD), len(targets_X)), len(head_VD))
+        part_VD = torch.empty_like(head_low_VD) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(targets_X), len(buffer_CV)):
             hidden_CD = hidden_XD[rows].to(low)
             logits_CV = torch.mm(hidden_CD, head_low_VD.T, out=buffer_CV[: len(hidden_CD)])
@@ -248,8 +249,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weights_C1 = weights_X[rows][:, None]
             if grad_hidden is not None:
                 grad_hidden[rows] = (logits_CV @ head_low_VD).to(wide) * weights_C1
-            if grad_head is not None:
-                grad_head += logits_CV.T @ (hidden_CD * weights_C1).to(low)
+            if part_VD is not None:
+                torch.mm(logits_CV.T, (hidden_CD * weights_C1).to(low), out=part_VD)
+                grad_head = part_VD.to(wide, copy=True) if grad_head is None else _add_to(grad_head, part_VD)
         loss_X, square_X = loss_X * counts_X, lse_X.square() * counts_X
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype))
         ctx.mark_non_differentiable(loss_X, square_X)
@@ -260,13 +262,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_head is None else grad_head * grad,
-            None,
-            None,
-            None,
-        )
+        # A loss that is differentiated as it is needs no pass over the head's gradient, nor a copy of it.
+        if grad.device.type != "cpu" or float(grad) != 1.0:
+            grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
+            grad_head = None if grad_head is None else grad_head * grad.to(grad_head.dtype)
+        return grad_hidden, grad_head, None, None, None
 
 
 def _to_gradients(logits_CV: Tensor, targets_C: Tensor, wide: torch.dtype, z_weight: float) -> tuple[Tensor, Tensor]:
@@ -276,17 +276,25 @@ def _to_gradients(logits_CV: Tensor, targets_C: Tensor, wide: torch.dtype, z_wei
     losses, logsumexps = [], []
     for rows in _chunks(len(logits_CV), step):
         target_R1 = targets_C[rows, None]
-        p_RV = logits_CV[rows].to(wide, copy=True)
-        top_R1 = p_RV.amax(-1, keepdim=True)
-        target_logit_R1 = p_RV.gather(1, target_R1)
-        sum_R1 = p_RV.sub_(top_R1).exp_().sum(-1, keepdim=True)
-        lse_R1 = top_R1 + sum_R1.log()
-        p_RV.mul_((1 + 2 * z_weight * lse_R1) / sum_R1)
+        wide_RV = logits_CV[rows].to(wide)
+        target_logit_R1, top_R1 = wide_RV.gather(1, target_R1), wide_RV.amax(-1, keepdim=True)
+        p_RV = wide_RV.softmax(-1)  # in one pass; `exp` alone takes longer
+        lse_R1 = top_R1 - p_RV.amax(-1, keepdim=True).log()
+        if z_weight:
+            p_RV.mul_(1 + 2 * z_weight * lse_R1)
         p_RV.scatter_add_(1, target_R1, p_RV.new_full(target_R1.shape, -1.0))
         logits_CV[rows] = p_RV
         losses.append((lse_R1 - target_logit_R1)[:, 0])
         logsumexps.append(lse_R1[:, 0])
     return torch.cat(losses), torch.cat(logsumexps)
+
+
+def _add_to(sum_VD: Tensor, part_VD: Tensor) -> Tensor:
+    """sum += part, of another type: on a CPU that makes a copy first, which is better small."""
+    step = _rows_of(CACHED_LOGITS, part_VD.T) if part_VD.device.type == "cpu" else len(part_VD)
+    for rows in _chunks(len(part_VD), step):
+        sum_VD[rows] += part_VD[rows]
+    return sum_VD
 
 
 def _rows_of(logits: int, head_VD: Tensor) -> int:
