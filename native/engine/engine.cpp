@@ -174,13 +174,6 @@ void multiply(const Ops& ops, const PackedMatrix& w, const Prepared& x, long fir
                      true);
 }
 
-void expect(const PackedMatrix& w, long first) {
-    constexpr long kAhead = 4096, kLine = 64;
-    const uint8_t* tiles = w.data + first * w.tile_bytes();
-    for (long at = 0; at < std::min(kAhead, long((w.tiles() - first) * w.tile_bytes())); at += kLine)
-        __builtin_prefetch(tiles + at);
-}
-
 void quantise_block(const Worker& worker, const WideRows& into, long at, const float* const* rows, long count,
                     long cols, long lanes) {
     auto put = [&](const QuantRows& layer, const float* const* from, float* rest) {

@@ -170,10 +170,6 @@ class Engine {
 void multiply(const Ops& ops, const PackedMatrix& w, const Prepared& x, long first, long last, float* y, long y_stride,
               bool add_to);
 
-// Asks memory for the first 4 KiB of tiles that this thread multiplies with next: a product reads ahead in its own
-// matrix, and would wait at the start of every other one.
-void expect(const PackedMatrix& w, long first);
-
 // Rows for a multiplication: optionally normalised, quantised if asked. Few tokens are prepared by each member for
 // itself, which saves a barrier; many are shared out and end with one.
 struct Input {

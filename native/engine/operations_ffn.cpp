@@ -96,7 +96,6 @@ template <class Add>
 void FeedForward::hidden_chunk(const Worker& worker, const PackedMatrix& g, const PackedMatrix& u, const Prepared& x,
                                long first, long last, float* out, long stride, Add add) const {
     float* up_rows = worker.engine.scratch(worker.member, 4).array<float>(x.tokens * stride);
-    expect(u, first);
     multiply(worker.ops, g, x, first, last, out, stride, false);
     multiply(worker.ops, u, x, first, last, up_rows, stride, false);
     const long from = first * kTileRows, cols = std::min(last * kTileRows, g.rows) - from;
@@ -109,7 +108,6 @@ void FeedForward::down_tiles(const Worker& worker, const Slots* s, long first, l
     const long stride = worker.engine.buffer_cols(input.buffer);
     const long from = first * kTileRows, to = std::min(last * kTileRows, stride), cols = to - from;
     const Adapted &of_dense = adapted_dense.down, &of_experts = adapted_experts.down;
-    if (s) expect(expert_of(expert_down, s->used[0]), first);
     if (has_dense) multiply(worker.ops, down, dense, first, last, x, stride, true);
     if (low) {
         if (of_dense.any()) expand(worker, of_dense, low, of_dense.width(), from, to, x, stride);
@@ -122,7 +120,6 @@ void FeedForward::down_tiles(const Worker& worker, const Slots* s, long first, l
     float* product = worker.engine.scratch(worker.member, 5).array<float>(most * cols);
     for (size_t index = 0; index < s->used.size(); ++index) {
         const long e = s->used[index], count = s->count(e);
-        if (index + 1 < s->used.size()) expect(expert_of(expert_down, s->used[index + 1]), first);
         const float* rows = hidden.array<float>(0) + s->offset[e] * width;
         const Prepared h{rows, width, routed.from_row(s->quant_row[e], width), lanes_for(count), count, width};
         multiply(worker.ops, expert_of(expert_down, e), h, first, last, product - from, cols, false);
@@ -317,7 +314,6 @@ WideRows FeedForward::run_experts(const Worker& worker, const Slots& s, const Pr
             end = std::min(last, piece / pieces * pieces + pieces);
             const long e = s.used[piece / pieces], tile = piece % pieces * kHiddenTiles, count = s.count(e);
             Prepared part{x.rows, x.stride, {x.quant.high, wide_experts ? x.quant.low : QuantRows{}}, 1, count, cols};
-            expect(expert_of(expert_gate, e), tile);
             if (!one && quantised) {
                 if (gathered != e) in = gather_expert(worker, s, e, x.quant, cols);
                 gathered = e;

@@ -9,6 +9,14 @@ namespace shoal {
 namespace {
 
 constexpr size_t kNearBytes = size_t{1} << 17;
+constexpr long kMostHeadRows = 128;
+
+// Rows that meet a head's matrix at a time. Up to 16 share one reading of it. Of more, every member takes its own part
+// and all heads: attention shares out sequences in the same way and finds in its cache what was made here.
+long head_rows(const Step& step, long members) {
+    if (step.tokens <= 16 || step.adapter) return step.tokens;
+    return std::clamp(round_up((step.tokens + members - 1) / members, 4), 16L, kMostHeadRows);
+}
 
 }  // namespace
 
@@ -121,11 +129,15 @@ void HeadLinear::multiply_rows(const Worker& worker, long head, long first_row, 
 
 void HeadLinear::run(const Worker& worker) {
     const Step& step = worker.step;
+    const long heads = long(weights.size()), block = head_rows(step, worker.engine.threads());
     long first, last;
-    while (worker.next(0, long(weights.size()), 1, first, last)) {
+    while (worker.next(0, (step.tokens + block - 1) / block * heads, 1, first, last)) {
+        const long head = first % heads, from = first / heads * block, to = std::min(from + block, step.tokens);
         for (long s = 0, end; s < step.sequences; s = end + 1) {  // runs of sequences that are not expanded
             for (end = s; end < step.sequences && !step.is_expanded(end);) ++end;
-            if (end > s) multiply_rows(worker, first, step.first_row[s], step.first_row[end]);
+            const long first_row = std::max<long>(from, step.first_row[s]);
+            const long last_row = std::min<long>(to, step.first_row[end]);
+            if (first_row < last_row) multiply_rows(worker, head, first_row, last_row);
         }
         if (!step.adapter || !adapted.any()) continue;
         const long in_stride = worker.engine.buffer_cols(in), out_stride = worker.engine.buffer_cols(out);

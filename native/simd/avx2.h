@@ -103,7 +103,6 @@ SHOAL_INLINE F32 to_f32(I32 v) { return _mm256_cvtepi32_ps(v); }
 
 constexpr int kMaxTokenBlocks = 1;
 constexpr int kQueryBlock = 8;
-constexpr int kPrefetchBytes = 2048;
 constexpr int32_t kStoredOffset = 0;
 
 SHOAL_INLINE I32 iset1(int32_t x) { return _mm256_set1_epi32(x); }

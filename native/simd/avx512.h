@@ -75,7 +75,6 @@ SHOAL_INLINE F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }
 
 constexpr int kMaxTokenBlocks = 3;
 constexpr int kQueryBlock = 8;
-constexpr int kPrefetchBytes = 4096;
 constexpr int32_t kStoredOffset = 128;  // VPDPBUSD takes the stored bytes as they are
 
 SHOAL_INLINE I32 iset1(int32_t x) { return _mm512_set1_epi32(x); }

@@ -19,7 +19,7 @@
 //   dot_quad(acc, w, x4, part)      as dot_pair, with the first two of the four bf16 at x4 in lanes of even number and
 //                                   the last two in the others; the lanes are those from part * kLanes on
 //   store_zipped(p, even, odd)      2 * kLanes bf16, the elements of two F32 by turns
-//   kMaxTokenBlocks kQueryBlock kPrefetchBytes   how many accumulators the registers hold; how far to read ahead
+//   kMaxTokenBlocks kQueryBlock                  how many accumulators the registers hold
 //
 // The _n forms touch the first n elements of memory (0 < n <= kLanes) and read the rest as zero. max(a, b) is
 // a > b ? a : b, so that a NaN in a is dropped and one in b is kept. dot_i8 needs b in [-127, 127]; a may be anything.

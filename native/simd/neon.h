@@ -83,7 +83,6 @@ SHOAL_INLINE F32 to_f32(I32 v) { return vcvtq_f32_s32(v); }
 
 constexpr int kMaxTokenBlocks = 1;
 constexpr int kQueryBlock = 16;
-constexpr int kPrefetchBytes = 1024;
 constexpr int32_t kStoredOffset = 0;
 
 SHOAL_INLINE I32 iset1(int32_t x) { return vdupq_n_s32(x); }

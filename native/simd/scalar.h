@@ -79,7 +79,6 @@ SHOAL_INLINE F32 to_f32(I32 v) { return static_cast<float>(v); }
 
 constexpr int kMaxTokenBlocks = 1;
 constexpr int kQueryBlock = 8;
-constexpr int kPrefetchBytes = 1024;
 constexpr int32_t kStoredOffset = 0;
 
 SHOAL_INLINE I32 iset1(int32_t x) { return x; }

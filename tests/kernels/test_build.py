@@ -101,7 +101,7 @@ def test_units_share_no_symbol_with_the_linker(objects):
 def test_units_stay_small(objects):
     """Unrolled loops multiply: 16 parts of a tile by 8 steps by 4 rows once made the scalar unit ten times as long."""
     sizes = {name: path.stat().st_size for name, path in objects.items() if name.startswith("isa_")}
-    assert {name: size for name, size in sizes.items() if size > 250_000} == {}
+    assert {name: size for name, size in sizes.items() if size > 300_000} == {}
 
 
 def test_baseline_objects_hold_baseline_instructions(objects):
