@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--chinook", type=Path, required=True, help="the package's initial_data.json")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m", help="what the teacher is made from")
-    parser.add_argument("--layers", type=int, default=20, help="of the student; the teacher has 30")
+    parser.add_argument("--layers", type=int, default=24, help="of the student; the teacher has 30")
     parser.add_argument("--steps", type=int, help="of teacher and student each; by default what --epochs takes")
     parser.add_argument("--student-steps", type=int, help="of the student, if they are others")
     parser.add_argument("--epochs", type=float, default=3.0)
