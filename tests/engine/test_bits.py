@@ -73,7 +73,7 @@ def collect(llm: LLM, generations: list[Generation]) -> list[Any]:
             mine.extend(generation.ready())
         check_books(llm)
     return [
-        ([token for chunk in mine for token in chunk.token_ids], [chunk.logprobs for chunk in mine if chunk.logprobs])
+        ([token for chunk in mine for token in chunk.token_ids], [one for chunk in mine for one in chunk.logprobs])
         for mine in chunks
     ]
 
