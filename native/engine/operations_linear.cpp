@@ -139,13 +139,13 @@ void HeadLinear::run(const Worker& worker) {
             const long last_row = std::min<long>(to, step.first_row[end]);
             if (first_row < last_row) multiply_rows(worker, head, first_row, last_row);
         }
-        if (!step.adapter || !adapted.any()) continue;
+        if (!step.adapter || !adapted.any()) continue;  // with adapters the block is the whole step
         const long in_stride = worker.engine.buffer_cols(in), out_stride = worker.engine.buffer_cols(out);
-        const float* rows = worker.engine.buffer(in, step.tokens) + in_first + first * in_step;
-        float* out_rows = worker.engine.buffer(out, step.tokens) + out_first + first * out_step;
+        const float* rows = worker.engine.buffer(in, step.tokens) + in_first + head * in_step;
+        float* out_rows = worker.engine.buffer(out, step.tokens) + out_first + head * out_step;
         float* low = worker.engine.scratch(worker.member, 8).array<float>(step.tokens * adapted.width());
-        shrink(worker, adapted, rows, in_stride, 0, step.tokens, low, adapted.width(), first);
-        expand(worker, adapted, low, adapted.width(), 0, weights[first].rows, out_rows, out_stride, first);
+        shrink(worker, adapted, rows, in_stride, 0, step.tokens, low, adapted.width(), head);
+        expand(worker, adapted, low, adapted.width(), 0, weights[head].rows, out_rows, out_stride, head);
     }
 }
 

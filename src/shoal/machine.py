@@ -16,8 +16,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 def usable_cpus(root: Path = Path("/")) -> int:
     """Processors that this process may run on, rounded up where a container grants a fraction; at least 1."""
-    # macOS has no affinity.
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = len(processors()) or os.cpu_count() or 1
     for folder in _groups(root, "cpu"):
         quota, period = _words(folder / "cpu.max", 2) or (None, None)
         if quota is None:
@@ -28,7 +27,7 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def processors() -> list[int]:
-    """Numbers of the processors that this thread may run on; none where the system does not tell."""
+    """Numbers of the processors that this thread may run on; none where the system does not tell (macOS)."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from shoal.machine import processors
+
 # What the kernels and their competitors choose code by; the rest of the flags tells little.
 FLAGS = (
     *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
@@ -40,7 +42,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": os.cpu_count(),
-        "usable_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_threads": len(processors()) or os.cpu_count(),
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "cpu_flags": _cpu_flags(),

@@ -82,7 +82,7 @@ def least_loss(
     if not 1 <= keep <= len(kept):
         raise ConfigError("layers", f"must lie between 1 and the model's {len(kept)}, got {keep}")
     passes = list(_passes(model, batches))
-    targets = sum(int((one.batch.targets_BT != IGNORE).sum()) for one in passes)
+    targets = _targets(passes)
     while len(kept) > keep:
         nats = [0.0] * len(kept)
         for one in passes:
@@ -99,7 +99,7 @@ def least_loss(
 def loss_of(model: Model, batches: Sequence[TextBatch], kept: Sequence[int]) -> float:
     """Nats a target of the batches, with these layers alone."""
     passes = list(_passes(model, batches))
-    targets = sum(int((one.batch.targets_BT != IGNORE).sum()) for one in passes)
+    targets = _targets(passes)
     return sum(_nats(model, one.start_BTD, kept, one) for one in passes) / targets
 
 
@@ -144,6 +144,10 @@ def _passes(model: Model, batches: Sequence[TextBatch]) -> Iterator[_Pass]:
         rope = rope_table(config.rope, config.attention.rope_dim, torch.arange(length, device=device))
         mask = attention_mask(length, length, batch.documents_BT, device)
         yield _Pass(batch, rope, mask, model.model.embed_tokens(batch.tokens_BT))
+
+
+def _targets(passes: Sequence[_Pass]) -> int:
+    return sum(int((one.batch.targets_BT != IGNORE).sum()) for one in passes)
 
 
 def _run(model: Model, layer: int, x_BTD: Tensor, one: _Pass) -> Tensor:
